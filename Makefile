@@ -1,0 +1,65 @@
+# Every target sets up what it needs in .venv; `make demo` and `make test` are the two to know.
+PYTHON ?= python3
+# Any requirement pip understands, such as TORCH="torch==2.13.0".
+TORCH ?= torch torchvision
+OLD_TORCH ?= torch==2.13.0
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-pure test-interpret test-old-torch lint format bench build clean
+
+demo: .venv/.installed
+	$(BIN)/clusterq demo --output runs/demo
+
+test: .venv/.installed
+	$(BIN)/pytest
+
+# The op suite on the PyTorch reference alone, as on a machine without a compiler.
+test-pure: .venv/.installed
+	CLUSTERQ_BACKEND=reference $(BIN)/pytest tests/test_fake_quant.py tests/test_bn_stats.py tests/test_centroids.py tests/test_library.py
+
+# Triton kernels in Triton's interpreter, which has to be chosen before triton is imported.
+test-interpret: .venv/.installed
+	CLUSTERQ_BACKEND=triton TRITON_INTERPRET=1 $(BIN)/pytest tests/test_kernels_interpret.py
+
+# The library built against the torch of .venv, loaded in an older torch.
+test-old-torch: .venv/.installed .venv-old/.installed
+	CLUSTERQ_OLD_PYTHON=$(CURDIR)/.venv-old/bin/python $(BIN)/pytest tests/test_stable_abi.py
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
+
+bench: .venv/.installed
+	for suite in bench/bench_*.py; do $(BIN)/python $$suite || exit 1; done
+
+build: .venv/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+clean:
+	rm -rf build clusterq/_build.json clusterq/*.so *.egg-info
+
+# torch goes in first, so that the extension is built against it and not against a second copy.
+.venv/.installed: pyproject.toml setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "Could not create .venv: on Debian and Ubuntu, apt-get install python3-venv python3-dev g++" >&2; exit 1; }
+	$(PIP) --upgrade pip
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[demo,test]'
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(PIP) ruff mypy clang-format pre-commit
+	touch $@
+
+.venv-old/.installed:
+	test -x .venv-old/bin/python || $(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip install --quiet --disable-pip-version-check '$(OLD_TORCH)' numpy safetensors tqdm
+	touch $@

@@ -1,0 +1,89 @@
+"""What tests and benches share: dtypes, memory layouts, the accuracy rule, and the timer for ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The values of `x` in every memory layout an op must accept, by name.
+
+    Four-dimensional tensors also come as channels_last; `permuted` is dense with reversed strides, `sliced` has gaps.
+    """
+    variants = {"contiguous": x.contiguous()}
+    if x.dim() == 4:
+        variants["channels_last"] = x.contiguous(memory_format=torch.channels_last)
+    if x.dim() > 1:
+        order = tuple(reversed(range(x.dim())))
+        variants["permuted"] = x.permute(order).contiguous().permute(order)
+        wide = x.new_zeros((*x.shape[:-1], 2 * x.shape[-1] + 1))
+        wide[..., 1::2] = x
+        variants["sliced"] = wide[..., 1::2]
+    return variants
+
+
+def assert_accurate(
+    actual: Tensor, truth: Tensor, baseline: Tensor, *, slack: float = 1e-6, name: str = "result"
+) -> None:
+    """Raise AssertionError unless `actual` is about as close to the truth as plain PyTorch in the same precision.
+
+    The rule: the largest error against the float64 `truth` may be twice that of `baseline` (the eager PyTorch result in
+    the dtype under test), plus `slack` relative to the largest magnitude of the truth.
+    """
+    if actual.shape != truth.shape:
+        raise AssertionError(f"{name}: shape {tuple(actual.shape)}, wanted {tuple(truth.shape)}")
+    if truth.numel() == 0:
+        return
+    error = (actual.double() - truth.double()).abs().max().item()
+    allowed = 2 * (baseline.double() - truth.double()).abs().max().item() + slack * truth.double().abs().max().item()
+    if not error <= allowed:
+        raise AssertionError(f"{name}: largest error {error:.3e} against float64, allowed {allowed:.3e}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call over the rounds of `interleave`."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def milliseconds(self) -> float:
+        return 1e3 * self.median
+
+
+def interleave(
+    functions: dict[str, Callable[[], object]], *, rounds: int = 21, warmup: int = 3, min_time: float = 0.002
+) -> dict[str, Timing]:
+    """Time each function, taking turns in one process, so that slow drifts of the machine fall on all alike.
+
+    Calls shorter than `min_time` seconds are repeated inside a round. Returns median and 20/80 % quantiles per call.
+    """
+    repeats = {}
+    for name, function in functions.items():
+        for _ in range(warmup):
+            function()
+        start = time.perf_counter()
+        function()
+        repeats[name] = max(1, int(min_time / max(time.perf_counter() - start, 1e-9)))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            samples[name].append((time.perf_counter() - start) / repeats[name])
+    result = {}
+    for name, values in samples.items():
+        cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
+        result[name] = Timing(statistics.median(values), cuts[0], cuts[3])
+    return result

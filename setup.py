@@ -1,0 +1,201 @@
+"""Builds clusterq's two libraries; the only place with compiler flags.
+
+`clusterq._C` (CPU) is built whenever PyTorch and a C++ compiler are there, `clusterq._C_cuda` when that PyTorch is a CUDA
+build and nvcc of the same major version is found. What was decided, and why, is written to `clusterq/_build.json`, from
+where `clusterq doctor` reads it. Environment: see ENVIRONMENT.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+RECORD = ROOT / "clusterq" / "_build.json"
+# Lowest PyTorch whose stable ABI the libraries use: they load in this one and in every later one.
+STABLE_TARGET = "0x020b000000000000"
+DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
+
+
+class Unavailable(Exception):
+    """A library cannot be built here; the message is the reason shown to the user."""
+
+
+def find_torch() -> None:
+    """Make the target environment's own torch importable from an isolated build; raises Unavailable when there is none.
+
+    An isolated build runs the target's interpreter with another `sys.path`; its `purelib` still names the target. A torch
+    already in the build environment (put there by build_backend.py for targets that lack it) comes first.
+    """
+    for key in ("purelib", "platlib"):
+        path = sysconfig.get_path(key)
+        if path not in sys.path and (Path(path) / "torch").is_dir():
+            sys.path.append(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise Unavailable(f"PyTorch could not be imported during the build: {error}") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < (2, 11):
+        raise Unavailable(f"PyTorch {torch.__version__} is older than 2.11, the oldest stable ABI the kernels use")
+
+
+def find_compiler() -> str:
+    """The C++ compiler that will be used."""
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    raise Unavailable("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+
+
+def find_python_headers() -> None:
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise Unavailable("the headers of Python itself are missing (Debian and Ubuntu: apt-get install python3-dev)")
+
+
+def pybind11_include() -> list[str]:
+    """pybind11's headers; empty when torch's own copy, already on the include path, has to do."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
+def compile_flags(libraries: str, compiler: str) -> list[str]:
+    """Flags of every C++ file. No -std (torch's build helper knows), no -march and no fast-math (results and portability)."""
+    debug = os.environ.get("DEBUG") == "1"
+    flags = ["-O0", "-g"] if debug else ["-O3"]
+    flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
+    flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", f'-DCLUSTERQ_LIBRARY="{libraries}"']
+    flags += [f'-DCLUSTERQ_COMPILER="{compiler_version(compiler)}"']
+    return flags
+
+
+def compiler_version(compiler: str) -> str:
+    lines = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return re.sub(r'[^\w .()+:~-]', "", lines[0]) if lines else compiler
+
+
+def cpu_extension() -> object:
+    if os.environ.get("CLUSTERQ_EXT") == "0":
+        raise Unavailable("left out by CLUSTERQ_EXT=0")
+    compiler = find_compiler()
+    find_python_headers()
+    find_torch()
+    from torch.utils.cpp_extension import CppExtension
+
+    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    return CppExtension(
+        "clusterq._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
+        extra_compile_args={"cxx": compile_flags("cpp", compiler)},
+    )
+
+
+def cuda_extension() -> object:
+    """CUDA library: decided by torch's own CUDA and nvcc, never by a visible GPU, so that it builds in a container."""
+    if os.environ.get("CLUSTERQ_EXT") == "0" or os.environ.get("CLUSTERQ_CUDA") == "0":
+        raise Unavailable("left out by CLUSTERQ_EXT=0 or CLUSTERQ_CUDA=0")
+    compiler = find_compiler()
+    find_python_headers()
+    find_torch()
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if torch.version.cuda is None:
+        raise Unavailable("this PyTorch is built without CUDA")
+    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
+    if CUDA_HOME is None or not nvcc.exists():
+        raise Unavailable("nvcc not found (set CUDA_HOME)")
+    text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    release = ".".join(match.groups()) if match else "unknown"
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise Unavailable(f"nvcc is of CUDA {release}, PyTorch of CUDA {torch.version.cuda}: other major version")
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHS
+    flags = ["-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
+    flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", f'-DCLUSTERQ_CUDA_RELEASE="{release}"', "-DUSE_CUDA"]
+    if os.environ.get("LINEINFO") == "1":
+        flags.append("-lineinfo")
+    sources = sorted(str(p.relative_to(ROOT)) for pattern in ("*.cpp", "*.cu") for p in ROOT.glob(f"csrc/cuda/{pattern}"))
+    return CUDAExtension(
+        "clusterq._C_cuda",
+        sources,
+        include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
+        extra_compile_args={"cxx": [*compile_flags("cuda", compiler), "-DUSE_CUDA"], "nvcc": flags},
+    )
+
+
+def declared_schemas() -> list[str]:
+    """Every schema literal passed to `register_op` in clusterq/ops."""
+    schemas = []
+    for path in sorted(ROOT.glob("clusterq/ops/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "register_op":
+                schemas.append(ast.literal_eval(node.args[0]))
+    return schemas
+
+
+def build_command() -> type:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class Build(BuildExtension):
+        """BuildExtension that records what was built once the compilers have succeeded."""
+
+        def run(self) -> None:
+            super().run()
+            write_record()
+            if not self.inplace and not self.editable_mode:
+                target = Path(self.build_lib) / "clusterq" / RECORD.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(RECORD, target)
+
+    return Build
+
+
+def write_record() -> None:
+    digest = hashlib.sha256("\n".join(sorted(declared_schemas())).encode()).hexdigest()
+    RECORD.write_text(json.dumps({**record, "schema_digest": digest}, indent=2) + "\n")
+
+
+def outdated(name: str) -> None:
+    """A library that is not rebuilt must not be found by a later import."""
+    for path in ROOT.glob(f"clusterq/{name}.*"):
+        if path.suffix in (".so", ".pyd"):
+            path.unlink()
+
+
+record: dict[str, str] = {}
+extensions: list[object] = []
+for key, name, make in (("cpp", "_C", cpu_extension), ("cuda", "_C_cuda", cuda_extension)):
+    try:
+        extensions.append(make())
+        record[key] = "built"
+    except Unavailable as reason:
+        record[key] = str(reason)
+        outdated(name)
+        forced = (key == "cpp" and os.environ.get("CLUSTERQ_EXT") == "1") or (
+            key == "cuda" and os.environ.get("CLUSTERQ_CUDA") == "1"
+        )
+        if forced:
+            raise SystemExit(f"clusterq: the {key} library was asked for but cannot be built: {reason}") from reason
+if extensions and "MAX_JOBS" not in os.environ:
+    os.environ["MAX_JOBS"] = str(min(os.cpu_count() or 1, 8))
+if not extensions:
+    write_record()
+print("clusterq: " + "; ".join(f"{key} library: {value}" for key, value in record.items()), file=sys.stderr)
+
+setup(ext_modules=extensions, cmdclass={"build_ext": build_command()} if extensions else {})

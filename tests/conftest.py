@@ -1,0 +1,29 @@
+"""Shared fixtures: seeds, poisoned allocations, the evaluation data folder."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fresh allocations hold NaN (integers: the largest value), so that an element a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """The folder named by CLUSTERQ_DATA; tests that need real images or networks skip without it."""
+    value = os.environ.get("CLUSTERQ_DATA")
+    if not value:
+        pytest.skip("CLUSTERQ_DATA is not set: no real images or networks here")
+    return Path(value)

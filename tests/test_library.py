@@ -1,0 +1,90 @@
+"""Registration, dispatch and its report: `clusterq.ops._library`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clusterq import ops
+from clusterq.ops import _library
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_op_has_a_default_kernel_and_a_row_per_device():
+    rows = {(row.op, row.device): row for row in ops.backends()}
+    assert {op for op, _ in rows} == set(_library._ops) and len(rows) == 2 * len(_library._ops)
+    for name in _library._ops:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"clusterq::{name}", "CompositeExplicitAutograd")
+
+
+def test_a_row_gives_a_reason_for_every_faster_kernel_it_lacks():
+    for row in ops.backends():
+        wanted = {"cpu": ["cpp"], "cuda": ["cuda", "triton"]}[row.device]
+        for kernel in wanted:
+            if row.kernel == kernel:
+                break
+            assert row.missing.get(kernel), f"{row.op} on {row.device} does not say why {kernel} is not used"
+
+
+def test_reference_can_be_forced():
+    done = run(
+        "from clusterq import ops; print({r.kernel for r in ops.backends()})", CLUSTERQ_BACKEND="reference"
+    )
+    assert done.stdout.strip() == "{'reference'}", done.stderr
+
+
+def test_unknown_backend_is_refused():
+    done = run("import clusterq.ops", CLUSTERQ_BACKEND="fpga")
+    assert done.returncode != 0 and "CLUSTERQ_BACKEND='fpga' is not one of" in done.stderr
+
+
+def test_forced_backend_that_is_missing_is_an_error_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLUSTERQ_BACKEND", "cpp")
+    monkeypatch.setattr(_library, "_BUILD_RECORD", tmp_path / "absent.json")
+    monkeypatch.setattr(_library, "_missing", {})
+    with pytest.raises(ImportError, match="CLUSTERQ_BACKEND=cpp asks for a backend that is missing: no build record"):
+        _library.load_backends()
+
+
+def test_stale_build_is_noticed(tmp_path, monkeypatch):
+    record = tmp_path / "build.json"
+    record.write_text(json.dumps({"cpp": "built", "schema_digest": "0" * 64}))
+    monkeypatch.setattr(_library, "_BUILD_RECORD", record)
+    reason = _library._load("clusterq._C", _library.build_record(), "cpp")
+    assert reason is not None and "built for other op schemas" in reason
+
+
+def test_build_reason_is_passed_on(tmp_path, monkeypatch):
+    record = tmp_path / "build.json"
+    record.write_text(json.dumps({"cpp": "no C++ compiler found"}))
+    monkeypatch.setattr(_library, "_BUILD_RECORD", record)
+    assert _library._load("clusterq._C", _library.build_record(), "cpp") == "no C++ compiler found"
+
+
+def test_import_brings_in_torch_only():
+    done = run(
+        "import sys, torch\nbefore = set(sys.modules)\nimport clusterq\n"
+        "heavy = ('triton', 'torchvision', 'matplotlib', 'sklearn', 'PIL', 'onnx')\n"
+        "print([m for m in heavy if m in set(sys.modules) - before])"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_schemas_are_frozen():
+    """A schema may gain a trailing argument with a default within a major version, nothing else."""
+    from pathlib import Path
+
+    frozen = json.loads((Path(__file__).parent / "schemas_v0.json").read_text())
+    assert {name: op.schema for name, op in _library._ops.items()} == frozen

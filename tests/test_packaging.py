@@ -1,0 +1,124 @@
+"""What a user gets from the build: with a compiler, without one, and from a wheel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("clusterq", "csrc", "kernels", "setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """The tracked kind of files alone: no compiled library, no build record."""
+    target = tmp_path_factory.mktemp("checkout")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+        else:
+            shutil.copy(source, target / name)
+    return target
+
+
+def build_wheel(checkout, out, **environment):
+    out.mkdir()
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(out), str(checkout)]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def import_from_wheel(wheel, target, code):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    environment.pop("CLUSTERQ_BACKEND", None)
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+        env=environment,
+        cwd=target,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def without_compilers(tmp_path):
+    """A PATH with the everyday tools but no compiler."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "env", "uname", "ls", "cat", "rm", "mkdir", "git"):
+        found = shutil.which(name)
+        if found:
+            (tools / name).symlink_to(found)
+    return str(tools)
+
+
+def test_without_a_compiler_it_installs_and_says_what_it_lacks(checkout, tmp_path):
+    environment = {"PATH": without_compilers(tmp_path), "CXX": ""}
+    wheel = build_wheel(checkout, tmp_path / "out", **environment)
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
+    done = import_from_wheel(
+        wheel,
+        tmp_path / "site",
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    import clusterq.ops\n"
+        "print(clusterq.__file__)\n"
+        "print(*[str(w.message) for w in caught])\n"
+        "print({r.kernel for r in clusterq.ops.backends() if r.device == 'cpu'})",
+    )
+    assert done.returncode == 0, done.stderr
+    where, warning, kernels = done.stdout.strip().splitlines()
+    assert where.startswith(str(tmp_path / "site"))
+    assert "without its compiled CPU kernels" in warning and "no C++ compiler found" in warning
+    assert kernels == "{'reference'}"
+
+
+def test_wheel_holds_both_packages_the_record_and_no_stub(checkout, tmp_path):
+    wheel = build_wheel(checkout, tmp_path / "out", CLUSTERQ_EXT="0")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "clusterq").rglob("*.py")}
+    modules |= {"clusterq/" + str(p.relative_to(ROOT)) for p in (ROOT / "kernels").rglob("*.py")}
+    assert modules <= names, sorted(modules - names)
+    assert "clusterq/py.typed" in names and "clusterq/_build.json" in names
+    assert "clusterq/kernels.pyi" not in names and not [n for n in names if n.startswith("kernels/")]
+
+
+def test_build_records_every_library():
+    record = json.loads((ROOT / "clusterq" / "_build.json").read_text())
+    assert {"cpp", "cuda", "schema_digest"} <= set(record)
+
+
+def test_top_level_name_kernels_is_refused():
+    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "clusterq.kernels" in done.stderr
+
+
+def test_source_reads_no_environment_variable_that_is_not_documented():
+    documented = (ROOT / "ENVIRONMENT.md").read_text()
+    import re
+
+    found = set()
+    for folder in ("clusterq", "csrc", "kernels", "bench"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".cpp", ".h", ".cu", ".sh"):
+                found |= set(re.findall(r"\bCLUSTERQ_[A-Z_]+\b", path.read_text()))
+    found |= set(re.findall(r"\bCLUSTERQ_[A-Z_]+\b", (ROOT / "setup.py").read_text()))
+    macros = {name for name in found if re.search(rf"-D{name}|#define {name}|#ifdef {name}|#ifndef {name}", all_source())}
+    missing = {name for name in found - macros if name not in documented}
+    assert not missing, f"not in ENVIRONMENT.md: {sorted(missing)}"
+
+
+def all_source():
+    paths = [p for f in ("csrc",) for p in (ROOT / f).rglob("*") if p.is_file()] + [ROOT / "setup.py"]
+    return "\n".join(path.read_text() for path in paths)
