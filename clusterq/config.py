@@ -152,6 +152,7 @@ class FinetuneConfig:
         images: `"bank"` draws from stored images, `"stream"` takes each batch fresh from the generator, which trains one
             step before it.
         optimizer, lr, momentum, weight_decay, schedule: SGD is Nesterov; `"step"` divides the rate by 10 at 1/4, 1/2, 3/4.
+        scale_lr_factor: learning rate of the quantization steps as a multiple of `lr`; they take no weight decay.
         ce_weight, kd_weight: hard-label cross-entropy (12) and distillation from the teacher (13).
         temperature: T of the distillation; the loss carries T^2 and is averaged over the batch.
         grad_clip: largest gradient norm; 0 switches clipping off.
@@ -169,6 +170,7 @@ class FinetuneConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Schedule = "cosine"
+    scale_lr_factor: float = 1.0
     ce_weight: float = 0.0
     kd_weight: float = 1.0
     temperature: float = 20.0

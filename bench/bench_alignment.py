@@ -1,0 +1,219 @@
+"""Cost of the whole alignment loss on the teacher: forward and backward to the images, with it and without it.
+
+    python bench/bench_alignment.py [--batch 128] [--threads 2] [--repeats 15] [--json FILE]
+
+ResNet-20 on 32x32 images. `plain` is the same network with ordinary BatchNorm in evaluation mode and cross-entropy
+alone; the others add BN alignment, class alignment and diversity enhancement with the moving average of the centroids:
+
+- `clusterq`: `SynthesisObjective`, statistics from the fused BatchNorm.
+- `hooks`: forward hooks that keep the BatchNorm inputs, mean and variance by torch, one-hot products per layer.
+- `loops`: the published arrangement: hooks, batch statistics, a Python loop over samples and layers.
+
+The variants take turns within one process; the figure is the median, and the ratio to `plain` the median of the ratios
+within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clusterq.config import SynthesisConfig
+from clusterq.networks import resnet20
+from clusterq.synthesis import SynthesisObjective, Teacher, semantic_start
+
+CLASSES = 10
+CONFIG = SynthesisConfig(
+    bns_weight=1.0, alignment_weight=0.9, diversity_weight=0.6, class_reduction="mean", assignment="label"
+)
+Step = Callable[[Tensor, Tensor], None]
+
+
+def build_network() -> nn.Module:
+    """ResNet-20 with running statistics away from their initial values."""
+    torch.manual_seed(0)
+    network = resnet20()
+    network.train()
+    with torch.no_grad():
+        for _ in range(3):
+            network(torch.randn(64, 3, 32, 32))
+    return network.eval().requires_grad_(False)
+
+
+def plain_step(network: nn.Module) -> Step:
+    def step(images: Tensor, labels: Tensor) -> None:
+        F.cross_entropy(network(images), labels).backward()
+
+    return step
+
+
+def clusterq_step(network: nn.Module, images: Tensor, labels: Tensor) -> Step:
+    objective = SynthesisObjective(Teacher(network, (3, 32, 32)), CONFIG, seed=0)
+    objective.initialise_centroids([(images.detach(), labels)])
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        terms = objective(images, labels)
+        terms.total.backward()
+        objective.update_centroids(terms)
+
+    return step
+
+
+class Hooked:
+    """A network whose BatchNorm inputs are kept by hooks, with centroids per semantic layer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = copy.deepcopy(network)
+        self.inputs: list[Tensor] = []
+        self.norms: list[nn.BatchNorm2d] = []
+        for module in self.network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(self._keep)
+        with torch.no_grad():
+            self.network(torch.zeros(1, 3, 32, 32))
+        self.first = semantic_start(len(self.norms))
+        width = [norm.num_features for norm in self.norms]
+        self.mean = [torch.randn(CLASSES, c) for c in width]
+        self.std = [torch.rand(CLASSES, c) for c in width]
+
+    def _keep(self, module: nn.Module, args: tuple[Tensor]) -> None:
+        self.inputs.append(args[0])
+        if len(self.norms) < len(self.inputs):
+            self.norms.append(module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.inputs.clear()
+        return self.network(images)
+
+    def bns(self) -> Tensor:
+        loss = torch.zeros(())
+        for x, norm in zip(self.inputs, self.norms, strict=True):
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+            loss = loss + (mean - norm.running_mean).square().sum()
+            loss = loss + (var.sqrt() - norm.running_var.sqrt()).square().sum()
+        return loss
+
+
+def hooks_step(network: nn.Module) -> Step:
+    hooked = Hooked(network)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        loss = F.cross_entropy(hooked.forward(images), labels) + CONFIG.bns_weight * hooked.bns()
+        share = F.one_hot(labels, CLASSES).float()
+        share = share / share.sum(0).clamp(min=1)
+        moved = []
+        for layer in range(hooked.first, len(hooked.inputs)):
+            x = hooked.inputs[layer]
+            mean = share.T @ x.mean((2, 3))
+            std = (share.T @ x.square().mean((2, 3)) - mean.square()).clamp(min=1e-10).sqrt()
+            target_mean, target_std = hooked.mean[layer], hooked.std[layer]
+            align = F.mse_loss(mean, target_mean) + F.mse_loss(std, target_std)
+            noisy_mean = target_mean + CONFIG.noise_mean * torch.randn_like(target_mean)
+            noisy_std = target_std + CONFIG.noise_spread * torch.randn_like(target_std)
+            diverse = F.mse_loss(mean, noisy_mean) + F.mse_loss(std, noisy_std)
+            loss = loss + CONFIG.alignment_weight * align + CONFIG.diversity_weight * diverse
+            moved.append((mean.detach(), std.detach()))
+        loss.backward()
+        for layer, (mean, std) in enumerate(moved, hooked.first):
+            hooked.mean[layer].lerp_(mean, 1 - CONFIG.decay)
+            hooked.std[layer].lerp_(std, 1 - CONFIG.decay)
+
+    return step
+
+
+def loops_step(network: nn.Module) -> Step:
+    hooked = Hooked(network)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        loss = F.cross_entropy(hooked.forward(images), labels) + CONFIG.bns_weight * hooked.bns()
+        means = [x.mean((0, 2, 3)) for x in hooked.inputs]
+        stds = [x.var((0, 2, 3), correction=0).sqrt() for x in hooked.inputs]
+        for label in labels:
+            k = int(label)
+            for layer in range(hooked.first, len(hooked.inputs)):
+                loss = loss + F.mse_loss(means[layer], hooked.mean[layer][k])
+                loss = loss + F.mse_loss(stds[layer], hooked.std[layer][k])
+        loss.backward()
+
+    return step
+
+
+def build_steps(batch: int) -> tuple[dict[str, Step], Tensor, Tensor]:
+    network = build_network()
+    images = torch.randn(batch, 3, 32, 32, requires_grad=True)
+    labels = torch.arange(batch) % CLASSES
+    steps = {
+        "plain": plain_step(network),
+        "clusterq": clusterq_step(network, images, labels),
+        "hooks": hooks_step(network),
+        "loops": loops_step(network),
+    }
+    return steps, images, labels
+
+
+def measure(batch: int, repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """Median milliseconds and ratio to `plain` of every variant."""
+    steps, images, labels = build_steps(batch)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(warmup + repeats):
+        for name, step in steps.items():
+            images.grad = None
+            start = time.perf_counter()
+            step(images, labels)
+            if round_ >= warmup:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {
+        name: {
+            "ms": statistics.median(values),
+            "ratio": statistics.median(a / b for a, b in zip(values, times["plain"], strict=True)),
+        }
+        for name, values in times.items()
+    }
+
+
+@pytest.mark.parametrize("variant", ["plain", "clusterq", "hooks", "loops"])
+def test_teacher_step(benchmark, variant):
+    """One variant under pytest-benchmark; compare within one run."""
+    steps, images, labels = build_steps(32)
+    benchmark.pedantic(steps[variant], (images, labels), rounds=5, warmup_rounds=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results = measure(arguments.batch, arguments.repeats)
+    print(f"teacher forward + backward, ResNet-20, batch {arguments.batch}, float32, {arguments.threads} threads")
+    print(f"{'variant':10} {'ms':>9} {'ratio':>7}")
+    for name, row in results.items():
+        print(f"{name:10} {row['ms']:9.1f} {row['ratio']:7.2f}")
+    if arguments.json is not None:
+        record = {
+            "bench": "alignment",
+            "torch": torch.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "batch": arguments.batch,
+            "threads": arguments.threads,
+            "repeats": arguments.repeats,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

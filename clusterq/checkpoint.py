@@ -1,0 +1,216 @@
+"""Quantized networks on disk: a folder with `model.safetensors` (plain tensors) and `checkpoint.json`.
+
+No pickle anywhere. The folder appears whole or not at all. Loading compares the SHA-256 of the tensor file before a tensor
+is built, then rebuilds the network with `clusterq.prepare` and fills in the tensors by name, dtype and shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clusterq.config import ClusterQConfig
+from clusterq.errors import CheckpointError, ModelError, require
+from clusterq.folders import new_folder
+from clusterq.models import Source, build_model, file_sha256
+
+FORMAT = "clusterq-checkpoint"
+FORMAT_VERSION = 1
+TENSORS, RECORD = "model.safetensors", "checkpoint.json"
+# Kinds of source whose architecture comes from an installed package. A Python file named by a checkpoint is never run.
+_REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What `checkpoint.json` says.
+
+    Attributes:
+        config: all settings, with the seed.
+        input_shape: channels, height, width of one image.
+        num_classes: length of the output.
+        source: where the network in floating point came from; None when it was handed over as a module.
+        mean, std: normalisation of pixels in 0..1.
+        tensors_sha256: of `model.safetensors`.
+        versions: of Python, torch and this package at the time of saving.
+        extra: anything else the caller stored; plain JSON values.
+    """
+
+    config: ClusterQConfig
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    source: Source | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    tensors_sha256: str
+    versions: Mapping[str, str]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    config: ClusterQConfig,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    source: Source | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a network that `clusterq.prepare(model, config.quantization)` made.
+
+    Args:
+        model: the quantized network, any device.
+        path: folder to make.
+        config, input_shape, num_classes, source, mean, std, extra: see `CheckpointRecord`.
+        overwrite: replace a folder of that name.
+
+    Raises:
+        OutputError: the folder exists or cannot be written.
+    """
+    with new_folder(path, overwrite=overwrite) as folder:
+        write_checkpoint(
+            model,
+            folder,
+            config=config,
+            input_shape=input_shape,
+            num_classes=num_classes,
+            source=source,
+            mean=mean,
+            std=std,
+            extra=extra,
+        )
+
+
+def write_checkpoint(
+    model: nn.Module,
+    folder: Path,
+    *,
+    config: ClusterQConfig,
+    input_shape: tuple[int, int, int],
+    num_classes: int,
+    source: Source | None = None,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """The two files of a checkpoint into an existing folder; arguments as `save`."""
+    from clusterq.versions import versions
+
+    # Copies: safetensors refuses tensors that share memory, and tied weights do.
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    safetensors = require("safetensors.torch", purpose="saving a network")
+    # Bytes written by Python: a full disk is then an OSError like everywhere else.
+    (folder / TENSORS).write_bytes(safetensors.save(state, {"format": FORMAT, "format_version": str(FORMAT_VERSION)}))
+    record = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "tensors_sha256": file_sha256(folder / TENSORS),
+        "config": config.to_dict(),
+        "input_shape": list(input_shape),
+        "num_classes": num_classes,
+        "source": asdict(source) if source is not None else None,
+        "mean": list(mean),
+        "std": list(std),
+        "versions": versions(),
+        "extra": dict(extra or {}),
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def read_record(path: str | Path) -> CheckpointRecord:
+    """What a checkpoint says about itself, without its tensors.
+
+    Raises:
+        CheckpointError: not a checkpoint, an unknown format version, or a field that is absent or malformed.
+    """
+    file = Path(path) / RECORD
+    if not file.is_file():
+        raise CheckpointError(f"{path} is not a checkpoint: it has no {RECORD}")
+    try:
+        data = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not the record of a checkpoint")
+    if data.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
+    try:
+        channels, height, width = (int(v) for v in data["input_shape"])
+        return CheckpointRecord(
+            config=ClusterQConfig.from_dict(data["config"]),
+            input_shape=(channels, height, width),
+            num_classes=int(data["num_classes"]),
+            source=Source(**data["source"]) if data["source"] is not None else None,
+            mean=tuple(float(v) for v in data["mean"]),
+            std=tuple(float(v) for v in data["std"]),
+            tensors_sha256=str(data["tensors_sha256"]),
+            versions=dict(data["versions"]),
+            extra=dict(data["extra"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The quantized network of a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        path: folder written by `save`.
+        model: the network in floating point; only its architecture is used. Needed when the checkpoint's network came
+            from a Python file or was handed over as a module: code that a checkpoint names is never run.
+
+    Raises:
+        CheckpointError: damaged (a single flipped bit is noticed), of an unknown format, made of a network that cannot be
+            rebuilt, or not fitting `model`.
+    """
+    from clusterq.qat.prepare import prepare
+
+    record = read_record(path)
+    file = Path(path) / TENSORS
+    if not file.is_file():
+        raise CheckpointError(f"{path} is incomplete: it has no {TENSORS}")
+    if file_sha256(file) != record.tensors_sha256:
+        raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {RECORD}")
+    if model is None:
+        if record.source is None or record.source.model.split(":", 1)[0] not in _REBUILT:
+            origin = record.source.model if record.source is not None else "a module"
+            raise CheckpointError(f"the network of {path} came from {origin}: hand over the network itself to load it")
+        model = build_model(record.source.model)
+    state = require("safetensors.torch", purpose="loading a network").load_file(file)
+    try:
+        twin = prepare(model.cpu(), record.config.quantization, example_input=torch.zeros(1, *record.input_shape))
+    except ModelError as error:
+        raise CheckpointError(f"{path} does not fit the network: {error}") from error
+    _fill(twin, state, path)
+    return twin.eval()
+
+
+def _fill(twin: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    own = twin.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise CheckpointError(f"{path} does not fit the network: tensor {name} is missing")
+        got = state[name]
+        if got.shape != value.shape or got.dtype != value.dtype:
+            raise CheckpointError(
+                f"{path} does not fit the network: tensor {name} is {got.dtype} {list(got.shape)}; "
+                f"wanted {value.dtype} {list(value.shape)}"
+            )
+        if got.is_floating_point() and bool(got.isnan().any()):
+            raise CheckpointError(f"{path}: tensor {name} holds NaN")
+    surplus = next((name for name in state if name not in own), None)
+    if surplus is not None:
+        raise CheckpointError(f"{path} does not fit the network: the network has no tensor {surplus}")
+    twin.load_state_dict(state)

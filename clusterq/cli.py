@@ -1,0 +1,343 @@
+"""The command line: `clusterq demo|quantize|evaluate|bench|doctor`.
+
+Exit codes: 0 done, 1 a self-check of `doctor` failed, 2 the request cannot be carried out (one sentence on standard
+error, nothing half-written), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import clusterq
+from clusterq.config import ClusterQConfig, preset
+from clusterq.errors import ClusterQError
+from clusterq.progress import ConsoleProgress
+from clusterq.settings import describe, override
+
+PRESETS = ("default", "paper", "gdfq")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; `arguments` default to those of the process. Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(words)
+    if options.command is None:
+        options = _parser().parse_args(["doctor"])
+    try:
+        code: int = options.run(options, shlex.join(["clusterq", *words]))
+    except KeyboardInterrupt:
+        print("clusterq: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except (ClusterQError, ValueError, OSError) as error:
+        if os.environ.get("CLUSTERQ_TRACEBACK") == "1":
+            raise
+        print(f"clusterq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clusterq",
+        description="Data-free quantization of convolutional networks to 2-8 bits.",
+        epilog="CLUSTERQ_TRACEBACK=1 shows where an error came from.",
+    )
+    parser.add_argument("--version", action="version", version=f"clusterq {clusterq.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_demo(commands)
+    _add_quantize(commands)
+    _add_evaluate(commands)
+    _add_bench(commands)
+    doctor = _add(commands, "doctor", _doctor, "versions, kernel of every op, self-checks")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
+    return parser
+
+
+def _add(commands: Any, name: str, run: Any, summary: str, **settings: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", **settings
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _add(commands, "demo", _demo, "quantize the network of handwritten digits that comes with the package")
+    demo.add_argument(
+        "--output", type=Path, default=Path("runs/demo"), help="run folder, replaced (default: %(default)s)"
+    )
+    _add_method(demo)
+    _add_common(demo)
+
+
+def _add_quantize(commands: Any) -> None:
+    quantize = _add(
+        commands,
+        "quantize",
+        _quantize,
+        "make low-bit versions of a trained network without data",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings for --set, with the values of preset default:\n  " + "\n  ".join(describe(preset("default"))),
+    )
+    _add_model(quantize)
+    quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
+    quantize.add_argument("--overwrite", action="store_true", help="replace the run folder when it exists")
+    quantize.add_argument(
+        "--images", type=Path, metavar="FILE", help="images.safetensors of an earlier run: no synthesis"
+    )
+    quantize.add_argument("--save-images", action="store_true", help="store the images in the run folder")
+    _add_method(quantize)
+    _add_common(quantize)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _add(
+        commands, "evaluate", _evaluate, "top-1 and top-5 of a checkpoint or of a network in floating point"
+    )
+    evaluate.add_argument("checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4; without it: --model")
+    _add_model(evaluate, required=False)
+    _add_common(evaluate)
+
+
+def _add_bench(commands: Any) -> None:
+    bench = _add(commands, "bench", _bench, "run the benchmarks of a source checkout")
+    bench.add_argument("suite", nargs="*", help="suites to run, such as fake_quant (default: all)")
+
+
+def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    parser.add_argument(
+        "--model",
+        required=required,
+        help="builtin:resnet20 | torchvision:NAME | timm:NAME | pytorchcv:NAME | FILE.py:FACTORY (the file is run)",
+    )
+    parser.add_argument(
+        "--weights", help="weight file (.safetensors, or a PyTorch state dict) or the library's own name"
+    )
+    parser.add_argument(
+        "--data",
+        required=not required,
+        help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, or "
+        "one sub-folder per class); only measured on, never trained on",
+    )
+    parser.add_argument(
+        "--input-size", type=int, metavar="PIXELS", help="height and width (default: what is known, or 224)"
+    )
+    parser.add_argument(
+        "--normalization", choices=("imagenet", "cifar10", "cifar100", "none"), help="of pixels in 0..1"
+    )
+    parser.add_argument("--mean", type=float, nargs="+", metavar="M", help="per channel, of pixels in 0..1")
+    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="per channel, of pixels in 0..1")
+    parser.add_argument("--download", action="store_true", help="allow the library to fetch its own weights")
+
+
+def _add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="starting point (default: %(default)s)")
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        metavar="WxAy",
+        help="widths of weights and activations in bits (default: W4A4, the demo W4A4 W3A3); several share one synthesis",
+    )
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="change single settings"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N images only")
+    parser.add_argument(
+        "--batch-size", type=int, default=128, help="images per evaluation batch (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch chooses)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _demo(options: argparse.Namespace, command: str) -> int:
+    from clusterq.run import RESULT_FORMAT, RunRequest
+
+    if options.output.exists() and not _is_run(options.output, RESULT_FORMAT):
+        raise ValueError(f"{options.output} exists and is not a run folder; choose another --output")
+    request = RunRequest(
+        model="builtin:digits",
+        weights=None,
+        data="digits",
+        output=options.output,
+        overwrite=True,
+        widths=_widths(options.bits or ["W4A4", "W3A3"]),
+        config=_config(options),
+        **_common(options, command),
+    )
+    return _carry_out(request, options)
+
+
+def _quantize(options: argparse.Namespace, command: str) -> int:
+    from clusterq.run import RunRequest
+
+    widths = _widths(options.bits or ["W4A4"])
+    name = re.sub(r"[^\w.-]+", "-", options.model.rsplit("/", 1)[-1])
+    request = RunRequest(
+        model=options.model,
+        weights=options.weights,
+        data=options.data,
+        output=options.output or Path("runs", "-".join([name, *map(str, widths)])),
+        overwrite=options.overwrite,
+        widths=widths,
+        config=_config(options),
+        images=options.images,
+        save_images=options.save_images,
+        **_input(options),
+        **_common(options, command),
+    )
+    return _carry_out(request, options)
+
+
+def _carry_out(request: Any, options: argparse.Namespace) -> int:
+    from clusterq import report
+    from clusterq.run import run
+
+    with ConsoleProgress(quiet=options.quiet) as progress:
+        result = run(request, progress)
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"\n{report.table(result)}\n\n{report.summary(result)}\n{request.output / 'report.html'}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, command: str) -> int:
+    from clusterq import checkpoint, data
+    from clusterq.models import build_model, load_model
+
+    device = _common(options, command)["device"]
+    if options.checkpoint is not None:
+        record = checkpoint.read_record(options.checkpoint)
+        network = None if options.model is None else build_model(options.model)
+        model = checkpoint.load(options.checkpoint, network)
+        normalization = _input(options)
+        images = data.open_data(
+            options.data,
+            input_shape=record.input_shape,
+            mean=normalization["mean"] or record.mean,
+            std=normalization["std"] or record.std,
+        )
+        data.check_fits(images, record.num_classes)
+        name = str(options.checkpoint)
+    elif options.model is not None:
+        loaded = load_model(options.model, options.weights, **_input(options))
+        model, images, name = loaded.model, data.open_for(loaded, options.data), options.model
+    else:
+        raise ValueError("nothing to evaluate: give a checkpoint folder, or --model with --weights")
+    with ConsoleProgress(quiet=options.quiet) as progress:
+        result = data.evaluate(
+            model.to(device),
+            images,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            progress=lambda done, total: progress("evaluate", done, total),
+        )
+    if options.json:
+        print(json.dumps({"model": name, "data": images.name, **asdict(result)}))
+    else:
+        top5 = "" if result.top5 is None else f", top-5 {result.top5:.2f} %"
+        print(f"{name}: top-1 {result.top1:.2f} %{top5} on {result.count} images of {images.name}")
+    return 0
+
+
+def _bench(options: argparse.Namespace, command: str) -> int:
+    folder = Path(clusterq.__file__).resolve().parent.parent / "bench"
+    suites = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not suites:
+        raise ValueError("the benchmarks are part of the source checkout, not of the installed package")
+    for name in options.suite:
+        if name not in suites:
+            raise ValueError(f"no benchmark suite {name!r}; there are {', '.join(suites)}")
+    for name in options.suite or suites:
+        code = subprocess.run([sys.executable, str(suites[name])], check=False).returncode
+        if code != 0:
+            return code
+    return 0
+
+
+def _doctor(options: argparse.Namespace, command: str) -> int:
+    from clusterq import doctor
+
+    diagnosis = doctor.examine()
+    print(json.dumps(asdict(diagnosis), indent=2) if options.json else doctor.describe(diagnosis))
+    return 0 if diagnosis.healthy else 1
+
+
+def _config(options: argparse.Namespace) -> ClusterQConfig:
+    return replace(override(preset(options.preset), options.set), seed=options.seed)
+
+
+def _widths(texts: Sequence[str]) -> tuple[Any, ...]:
+    from clusterq.run import Width
+
+    widths = []
+    for text in texts:
+        match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
+        if match is None:
+            raise ValueError(f"--bits {text!r}: wanted WxAy with x and y from 2 to 8, such as W4A4")
+        widths.append(Width(int(match[1]), int(match[2])))
+    if len(set(widths)) != len(widths):
+        raise ValueError("--bits names a width twice")
+    return tuple(widths)
+
+
+def _input(options: argparse.Namespace) -> dict[str, Any]:
+    from clusterq.data import NORMALIZATIONS
+
+    mean, std = options.mean, options.std
+    if (mean is None) != (std is None):
+        raise ValueError("--mean and --std belong together")
+    if options.normalization is not None:
+        if mean is not None:
+            raise ValueError("--normalization and --mean are both given; wanted one of them")
+        mean, std = NORMALIZATIONS[options.normalization]
+    return {
+        "input_size": options.input_size,
+        "mean": None if mean is None else tuple(mean),
+        "std": None if std is None else tuple(std),
+        "download": options.download,
+    }
+
+
+def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    for name in ("limit", "batch_size", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted at least 1")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
+    return {
+        "limit": options.limit,
+        "evaluation_batch": options.batch_size,
+        "device": device,
+        "command": command,
+    }
+
+
+def _is_run(folder: Path, result_format: str) -> bool:
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(result, dict) and result.get("format") == result_format

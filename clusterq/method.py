@@ -1,0 +1,301 @@
+"""The whole method: a trained network in, images made from it alone, a low-bit student out.
+
+    method = ClusterQ(network, "default", input_shape=(3, 32, 32))
+    result = method.run()                                  # result.student is the quantized network
+    other = method.finetune(QuantizationConfig(weight_bits=3, activation_bits=3))  # same images, other bits
+
+Images depend on the network alone, never on the student, so they are made once and serve every bit width.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clusterq import qat
+from clusterq.config import ClusterQConfig, QuantizationConfig
+from clusterq.config import preset as named_preset
+from clusterq.errors import ModelError
+from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
+
+ImageSource = BankSource | GeneratorSource | StoredImages
+PhaseProgress = Callable[[str, int, int], None]
+PhaseStep = Callable[[str, int, Mapping[str, float]], None]
+
+
+@dataclass
+class Result:
+    """What `ClusterQ.run` and `ClusterQ.finetune` hand back.
+
+    Attributes:
+        student: the quantized network in evaluation mode.
+        config: the settings it was made with, widths included.
+        label_accuracy: fraction of the images that the teacher assigns to their label; near chance, the images are
+            worthless and only distillation without cross-entropy can use them.
+        images, labels: [N, C, H, W] and [N]; with streaming a sample of the generator as fine-tuning left it.
+        metrics: phase (`"synthesis"`, `"finetune"`) -> one dictionary of loss terms per step.
+        seconds: wall time per phase: `"synthesis"`, `"calibration"`, `"finetune"`. Generator steps of a streaming
+            source belong to fine-tuning.
+        samples_seen: images through the teacher's loss (`"synthesis"`) and through the student (`"finetune"`).
+    """
+
+    student: nn.Module
+    config: ClusterQConfig
+    label_accuracy: float
+    images: Tensor
+    labels: Tensor
+    metrics: dict[str, list[dict[str, float]]]
+    seconds: dict[str, float]
+    samples_seen: dict[str, int]
+
+
+class ClusterQ:
+    """Data-free quantization of one network.
+
+    Args:
+        model: a trained network with BatchNorm layers, images [N, C, H, W] -> logits [N, K]. It is not changed.
+        config: settings, or the name of a preset: `"default"`, `"paper"`, `"gdfq"`.
+        input_shape: (C, H, W) of an image.
+        num_classes: K; None: found by one forward pass. Given, it is checked.
+        device: where everything runs; None: where the model's parameters are.
+        progress: True for a progress bar with the time left per phase, or a function called with
+            (phase, steps done, steps in all).
+        on_step: called with (phase, step, loss terms) for every step, in groups of some steps.
+
+    Attributes:
+        teacher: the frozen network with reported statistics.
+        source: where the images come from, None before `synthesize`.
+        seconds: wall time of the phases done so far.
+
+    Raises:
+        ModelError: the network cannot be used (no BatchNorm, wrong input shape) or has another number of classes.
+        ValueError: unknown preset.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ClusterQConfig | str = "default",
+        *,
+        input_shape: tuple[int, int, int],
+        num_classes: int | None = None,
+        device: torch.device | str | None = None,
+        progress: bool | PhaseProgress = False,
+        on_step: PhaseStep | None = None,
+    ) -> None:
+        self.config = named_preset(config) if isinstance(config, str) else config
+        self.model = model
+        self.teacher = Teacher(model, input_shape, device=device)
+        if num_classes is not None and num_classes != self.teacher.num_classes:
+            raise ModelError(f"num_classes is {num_classes}; the network puts out {self.teacher.num_classes} classes")
+        self.source: ImageSource | None = None
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._on_step = on_step
+        # A streaming generator as the warm-up left it: where every fine-tuning run starts from.
+        self._warm_generator: dict[str, Any] | None = None
+
+    @property
+    def streaming(self) -> bool:
+        """Whether fine-tuning draws fresh images from a generator in training."""
+        return isinstance(self.source, GeneratorSource) and self.source.stream
+
+    def synthesize(self) -> ImageSource:
+        """Make the images (of a streaming source: run the warm-up). Repeating it gives the same bits.
+
+        Raises:
+            DivergenceError: a loss term became NaN or infinite.
+        """
+        config, seed = self.config.synthesis, self.config.seed
+        batch_size = self.config.finetune.batch_size
+        source: BankSource | GeneratorSource
+        if config.source == "bank":
+            source = BankSource(self.teacher, config, seed=seed, batch_size=batch_size)
+        else:
+            stream = self.config.finetune.images == "stream"
+            source = GeneratorSource(self.teacher, config, seed=seed, batch_size=batch_size, stream=stream)
+        with self._phase("synthesis") as (progress, on_step):
+            source.fit(progress, on_step)
+        self.source = source
+        self._warm_generator = source.state_dict() if self.streaming else None
+        return source
+
+    def use_images(self, images: Tensor, labels: Tensor) -> StoredImages:
+        """Take images made earlier instead of synthesising them.
+
+        Args:
+            images: [N, C, H, W] in the network's input space.
+            labels: [N] int64 in [0, K).
+
+        Raises:
+            ValueError: a shape or a label that does not fit the network.
+        """
+        if tuple(images.shape[1:]) != self.teacher.input_shape:
+            raise ValueError(f"images has shape {tuple(images.shape)}; wanted [N, {self.teacher.input_shape}]")
+        device = self.teacher.device
+        source = StoredImages(
+            images.to(device, self.teacher.dtype), labels.to(device), self.config.finetune.batch_size, self.config.seed
+        )
+        if not 0 <= int(labels.min()) <= int(labels.max()) < self.teacher.num_classes:
+            raise ValueError(
+                f"labels range from {int(labels.min())} to {int(labels.max())}; "
+                f"wanted 0 to {self.teacher.num_classes - 1}"
+            )
+        self.source = source
+        self._warm_generator = None
+        self.seconds["synthesis"] = 0.0
+        return source
+
+    def calibrate(self, quantization: QuantizationConfig | None = None) -> nn.Module:
+        """A student with ranges set on the images and no training: what rounding alone costs.
+
+        Args:
+            quantization: widths and quantizers; None: those of the configuration.
+
+        Returns:
+            The student in evaluation mode.
+        """
+        quantization = quantization or self.config.quantization
+        source = self._rewound_source()
+        example = torch.zeros(1, *self.teacher.input_shape, device=self.teacher.device, dtype=self.teacher.dtype)
+        count = self.config.finetune.calibration_images
+        with self._phase("calibration"):
+            model = copy.deepcopy(self.model).to(self.teacher.device)
+            student = qat.prepare(model, quantization, example_input=example)
+            images = source.sample(count).images() if isinstance(source, GeneratorSource) else source.images()
+            qat.calibrate(student, images[:count].detach(), quantization)
+        return student.eval()
+
+    def finetune(self, quantization: QuantizationConfig | None = None) -> Result:
+        """Calibrate and train a student on the images, which are made first if they are not there yet.
+
+        May be called again with other widths: the images are the same, those of a streaming generator too.
+
+        Args:
+            quantization: widths and quantizers; None: those of the configuration.
+
+        Raises:
+            DivergenceError: a loss became NaN or infinite.
+        """
+        config = self.config if quantization is None else replace(self.config, quantization=quantization)
+        student = self.calibrate(config.quantization)
+        source = self.source
+        assert source is not None
+        finetune = config.finetune
+        with self._phase("finetune") as (progress, on_step):
+            metrics = qat.finetune(
+                student, self.teacher.model, source, finetune, seed=config.seed, progress=progress, on_step=on_step
+            )
+        images, labels = source.images(), source.labels()
+        synthesis = [] if isinstance(source, StoredImages) else source.metrics
+        size = config.synthesis.batch_size if self.streaming else finetune.batch_size
+        return Result(
+            student=student.eval(),
+            config=config,
+            label_accuracy=self.teacher.label_accuracy(images, labels),
+            images=images,
+            labels=labels,
+            metrics={"synthesis": list(synthesis), "finetune": metrics},
+            seconds=dict(self.seconds),
+            samples_seen={"synthesis": self._samples_synthesised(), "finetune": finetune.steps * size},
+        )
+
+    def run(self) -> Result:
+        """`synthesize`, then `finetune`."""
+        self.synthesize()
+        return self.finetune()
+
+    def _rewound_source(self) -> ImageSource:
+        source = self.source or self.synthesize()
+        if self._warm_generator is not None and isinstance(source, GeneratorSource):
+            source.load_state_dict(self._warm_generator)
+        return source
+
+    def _samples_synthesised(self) -> int:
+        if isinstance(self.source, GeneratorSource):
+            return self.source.step * self.config.synthesis.batch_size
+        if isinstance(self.source, BankSource):
+            return self.config.synthesis.image_steps * self.config.synthesis.num_images
+        return 0
+
+    @contextmanager
+    def _phase(self, phase: str) -> Iterator[tuple[Callable[[int, int], None] | None, Any]]:
+        """Times a phase and gives its (progress, on_step) callbacks."""
+        report = self._on_step
+        on_step = None if report is None else lambda step, terms: report(phase, step, terms)
+        bar: Any = None
+        progress: Callable[[int, int], None] | None = None
+        if self._progress is True:
+            from tqdm import tqdm
+
+            bar = tqdm(desc=phase, unit="step", dynamic_ncols=True, disable=phase == "calibration")
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            progress = advance
+        elif callable(self._progress):
+            call = self._progress
+
+            def forward(done: int, total: int) -> None:
+                call(phase, done, total)
+
+            progress = forward
+        start = time.perf_counter()
+        try:
+            yield progress, on_step
+        finally:
+            if bar is not None:
+                bar.close()
+        if self.teacher.device.type == "cuda":
+            torch.cuda.synchronize(self.teacher.device)
+        self.seconds[phase] = time.perf_counter() - start
+
+
+def quantize(
+    model: nn.Module,
+    *,
+    input_shape: tuple[int, int, int],
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    preset: str | ClusterQConfig = "default",
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Quantize a trained network without data, in one call.
+
+    Args:
+        model: a trained network with BatchNorm layers, images [N, C, H, W] -> logits [N, K]. It is not changed.
+        input_shape: (C, H, W) of an image.
+        weight_bits, activation_bits: widths, 2 to 8.
+        preset: `"default"`, `"paper"`, `"gdfq"`, or a whole configuration whose widths are replaced.
+        num_classes, device, progress: see `ClusterQ`.
+
+    Returns:
+        The quantized network in evaluation mode, with the call signature of `model`.
+
+    Raises:
+        ModelError: the network cannot be used.
+        ValueError: unknown preset or unsupported width.
+        DivergenceError: a loss became NaN or infinite.
+    """
+    config = named_preset(preset) if isinstance(preset, str) else preset
+    quantization = replace(config.quantization, weight_bits=weight_bits, activation_bits=activation_bits)
+    method = ClusterQ(
+        model,
+        replace(config, quantization=quantization),
+        input_shape=input_shape,
+        num_classes=num_classes,
+        device=device,
+        progress=progress,
+    )
+    return method.run().student

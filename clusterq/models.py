@@ -1,0 +1,304 @@
+"""Where trained networks come from: two built in, the model libraries, a user's own Python file.
+
+A specification is `builtin:resnet20`, `builtin:digits`, `torchvision:NAME`, `timm:NAME`, `pytorchcv:NAME` or
+`path/to/file.py:factory`. Weights are a file (safetensors, or a plain PyTorch state dict read with `weights_only=True` and
+never any other way) or the library's own name for them. Nothing is fetched from a network unless `download=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clusterq.errors import ModelError, require
+from clusterq.libraries import LIBRARIES, Facts
+from clusterq.networks import DigitsConvNet, resnet20
+
+DIGITS_WEIGHTS = Path(__file__).resolve().parent / "assets" / "digits_convnet.safetensors"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DIGITS_MEAN, DIGITS_STD = (0.306,), (0.319,)
+
+
+_BUILTIN: dict[str, Callable[[], nn.Module]] = {"resnet20": resnet20, "digits": DigitsConvNet}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a network came from: goes into every result file.
+
+    Attributes:
+        model: the specification.
+        weights: file name (without folder) or the library's name of the weights; None when a factory brought its own.
+        weights_sha256: of the weight file, or of all tensors (`tensors_sha256`) when there is no file.
+    """
+
+    model: str
+    weights: str | None
+    weights_sha256: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network in evaluation mode with what is known about its input.
+
+    Attributes:
+        model: the network, float32, on the CPU.
+        source: provenance.
+        input_shape: channels, height, width of one image.
+        num_classes: length of the output.
+        mean, std: per-channel normalisation of pixels scaled to 0..1.
+        transform: the library's own evaluation transform from a PIL image to a tensor, where it has one.
+    """
+
+    model: nn.Module
+    source: Source
+    input_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Callable[[Any], Tensor] | None = None
+
+
+def load_model(
+    spec: str,
+    weights: str | None = None,
+    *,
+    input_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    download: bool = False,
+) -> LoadedModel:
+    """Build the network a specification names and load its weights.
+
+    Args:
+        spec: see the module's docstring.
+        weights: weight file, or the library's own name (`IMAGENET1K_V1`, a timm tag, `default`). Optional for
+            `builtin:digits`, whose weights ship with the package, and for a factory that returns a trained network.
+        input_size: height and width in pixels; default: what the library says, 32 for `resnet20`, else 224.
+        mean, std: normalisation of pixels in 0..1; default: what the library says, else ImageNet's.
+        download: allow the library to fetch its own weights.
+
+    Raises:
+        ModelError: an unknown name, weights that are absent, unreadable, damaged or of another shape, or a network whose
+            output is not [N, classes].
+        MissingPackageError: the library is not installed.
+    """
+    kind, name = _split(spec)
+    model = build_model(spec)
+    facts = Facts(mean=mean, std=std, size=input_size)
+    path: Path | None = None
+    label = weights
+    if weights is not None and Path(weights).is_file():
+        path, label = Path(weights), Path(weights).name
+    elif kind == "builtin" and name == "digits" and weights is None:
+        path, label = DIGITS_WEIGHTS, DIGITS_WEIGHTS.name
+    elif kind in LIBRARIES and weights is not None and not _looks_like_path(weights):
+        path = LIBRARIES[kind].weights(name, weights, download)
+    elif weights is not None:
+        raise ModelError(f"weights {weights!r}: no such file")
+    elif kind != "file":
+        example = "FILE or the library's own name" if kind in LIBRARIES else "FILE"
+        raise ModelError(f"{spec} needs trained weights: give --weights {example}")
+    if kind in LIBRARIES:
+        LIBRARIES[kind].describe(name, weights, model, facts)
+    if path is not None:
+        load_weights(model, read_state_dict(path), origin=path.name)
+        digest = file_sha256(path)
+    else:
+        digest = tensors_sha256(model.state_dict())
+    model = model.float().eval()
+    if name == "digits" and kind == "builtin":
+        facts.fill(1, 16, DIGITS_MEAN, DIGITS_STD)
+    facts.fill(_input_channels(model), 32 if spec == "builtin:resnet20" else 224, IMAGENET_MEAN, IMAGENET_STD)
+    assert facts.size is not None and facts.channels is not None and facts.mean is not None and facts.std is not None
+    for argument, values in (("mean", facts.mean), ("std", facts.std)):
+        if len(values) != facts.channels:
+            raise ModelError(f"{argument} has {len(values)} values; the network takes {facts.channels} channels")
+    shape = (facts.channels, facts.size, facts.size)
+    return LoadedModel(
+        model,
+        Source(spec, label, digest),
+        shape,
+        output_classes(model, shape),
+        facts.mean,
+        facts.std,
+        facts.transform,
+    )
+
+
+def build_model(spec: str) -> nn.Module:
+    """The network's architecture with untrained weights (a factory may return trained ones).
+
+    Raises ModelError for an unknown specification and MissingPackageError for an absent library.
+    """
+    kind, name = _split(spec)
+    if kind == "builtin":
+        if name not in _BUILTIN:
+            raise ModelError(f"no built-in network {name!r}; there are {', '.join(sorted(_BUILTIN))}")
+        return _BUILTIN[name]()
+    if kind in LIBRARIES:
+        return LIBRARIES[kind].build(name)
+    return _from_file(*spec.rsplit(":", 1))
+
+
+def output_classes(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Length of the network's output for one zero image of `input_shape` (channels, height, width).
+
+    Raises ModelError when the network cannot run on such an image or its output is not one [1, classes] tensor.
+    """
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    try:
+        with torch.inference_mode():
+            y = model(torch.zeros(1, *input_shape, device=device))
+    except RuntimeError as error:
+        text = str(error).strip().splitlines()[0]
+        raise ModelError(f"the network does not run on an image of shape {list(input_shape)}: {text}") from error
+    if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
+        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ModelError(f"the network's output is {got} for one image; wanted [1, classes] with at least 2 classes")
+    return int(y.shape[1])
+
+
+def require_batch_norm(model: nn.Module) -> None:
+    """Raises ModelError when no BatchNorm2d of the network carries running statistics: there is nothing to match."""
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not layers:
+        raise ModelError("the network has no BatchNorm2d layer; without its statistics no images can be synthesised")
+    if all(m.running_mean is None for m in layers):
+        raise ModelError("no BatchNorm2d of the network keeps running statistics (track_running_stats=False)")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by name. A `state_dict`/`model` entry around them and a `module.` prefix are removed.
+
+    `.safetensors` is read with safetensors, everything else with `torch.load(weights_only=True)`; a file that this refuses
+    is an error, never a second try.
+
+    Raises:
+        ModelError: unreadable, damaged, not a dictionary of tensors, or holding a NaN or infinite value.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            data: Any = require("safetensors.torch", purpose="reading a .safetensors file").load_file(path)
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ModelError(
+            f"{path.name} holds more than plain tensors and was refused: loading it could run code; save its state_dict()"
+        ) from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, _safetensor_error()) as error:
+        raise ModelError(f"{path.name} cannot be read as a weight file: {_first_line(error)}") from error
+    for key in ("state_dict", "model"):
+        if isinstance(data, dict) and isinstance(data.get(key), dict):
+            data = data[key]
+    if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ModelError(f"{path.name} is not a dictionary of tensors")
+    state = {str(k).removeprefix("module."): v for k, v in data.items()}
+    for key, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{path.name}: tensor {key} holds a NaN or infinite value")
+    return state
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], *, origin: str) -> None:
+    """Load a state dict strictly; `num_batches_tracked` counters may be absent.
+
+    Raises ModelError naming the first tensor, in the network's order, that is missing or of another shape, or the first
+    that the network has no place for.
+    """
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            if name.endswith("num_batches_tracked"):
+                state = {**state, name: value}
+                continue
+            raise ModelError(f"{origin} does not fit the network: tensor {name} {list(value.shape)} is missing")
+        if state[name].shape != value.shape:
+            got = list(state[name].shape)
+            raise ModelError(
+                f"{origin} does not fit the network: tensor {name} has shape {got}; wanted {list(value.shape)}"
+            )
+    surplus = next((name for name in state if name not in own), None)
+    if surplus is not None:
+        raise ModelError(f"{origin} does not fit the network: the network has no tensor {surplus}")
+    model.load_state_dict(state)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_sha256(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors in sorted order, hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _split(spec: str) -> tuple[str, str]:
+    kind, _, name = spec.partition(":")
+    if not name:
+        raise ModelError(
+            f"model {spec!r} names no network; wanted builtin:NAME, torchvision:NAME, timm:NAME, pytorchcv:NAME "
+            "or FILE.py:FACTORY"
+        )
+    if kind == "builtin" or kind in LIBRARIES:
+        return kind, name
+    return "file", spec
+
+
+def _from_file(file: str, factory: str) -> nn.Module:
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise ModelError(f"model file {file!r}: no such Python file")
+    spec = importlib.util.spec_from_file_location(f"clusterq_user_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    make = getattr(module, factory, None)
+    if not callable(make):
+        raise ModelError(f"{path.name} has no function {factory!r}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"{path.name}:{factory} returned a {type(model).__name__}; wanted a torch.nn.Module")
+    return model
+
+
+def _input_channels(model: nn.Module) -> int:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return first.in_channels if first is not None else 3
+
+
+def _looks_like_path(weights: str) -> bool:
+    return "/" in weights or Path(weights).suffix in (".pt", ".pth", ".safetensors", ".bin", ".tar")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _safetensor_error() -> type[Exception]:
+    try:
+        error: type[Exception] = importlib.import_module("safetensors").SafetensorError
+    except ModuleNotFoundError:
+        return ValueError
+    return error

@@ -1,0 +1,375 @@
+"""Modules that fake-quantize activations (per tensor) and weights (per output channel).
+
+Learned steps follow LSQ (Esser et al. 2020, arXiv 1902.08153): the gradient of a step is multiplied by
+`1 / sqrt(n * quant_max)` (section 2.2), n the number of values that share it: a channel's weights, a sample's features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from clusterq import ops
+from clusterq.config import ActivationRange, Gradient, WeightRange
+
+ActivationMode = Literal["learned", "fixed", "ema"]
+WeightMode = Literal["learned", "live"]
+Fused = Literal["none", "relu", "relu6"]
+QuantizationParameters = tuple[Tensor, Tensor, int, int]
+
+_SMALLEST_STEP = 1e-8
+
+
+class _PositiveStep(Function):
+    """`max(|step|, 1e-8)`, with LSQ's factor on the gradient.
+
+    An optimizer may carry a step through zero; its magnitude is what quantizes, and the gradient's sign turns with it.
+    Below the floor the gradient passes as if there were none, so that a step can leave it again.
+    """
+
+    @staticmethod
+    def forward(step: Tensor, factor: float) -> Tensor:
+        return step.abs().clamp_min(_SMALLEST_STEP)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        step, ctx.factor = inputs
+        ctx.save_for_backward(step)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (step,) = ctx.saved_tensors
+        return grad * torch.where(step < 0, -ctx.factor, ctx.factor), None
+
+
+def _positive_step(step: Tensor, sharing: int, quant_max: int) -> Tensor:
+    output: Tensor = _PositiveStep.apply(step, 1.0 / math.sqrt(max(sharing, 1) * quant_max))
+    return output
+
+
+class ActivationQuantizer(nn.Module):
+    """Fake-quantizes a whole tensor, after an activation function of its own where one is given.
+
+    Args:
+        bits: 2 to 8.
+        mode: `"learned"` trains the step, `"fixed"` keeps the calibrated range, `"ema"` moves the range with the
+            training batches: the first batch sets it, later ones enter with weight `1 - momentum`, and after
+            `range_steps` training forwards it stands still. No forward waits for the device, calibration excepted.
+        non_negative: the values are never negative: codes [0, 2^bits - 1], zero point 0. Implied by `activation`.
+        symmetric: for values of both signs, codes [-2^(bits-1), 2^(bits-1) - 1] and zero point 0 instead of codes
+            [0, 2^bits - 1] and a zero point from the range.
+        gradient: of the straight-through estimator in the modes `"fixed"` and `"ema"`.
+        activation: `"relu"` or `"relu6"` fused with the quantization.
+        function: any other activation function, run before it; holds no parameters.
+        method: how `clusterq.qat.calibrate` chooses the range, see `calibrating`.
+
+    Input and output: any shape, float32, bfloat16, float16 or float64. A quantizer that was not calibrated calibrates
+    itself on the first training batch it sees (min/max); forward raises RuntimeError where there is no range to use.
+
+    State: `observations` (int64 []) counts range updates, 0 meaning none. Modes learned and fixed hold `scale` (float32
+    [1]) and `zero_point` (int32 [1]), mode ema `running_min` and `running_max` (float32 [1]).
+    """
+
+    observations: Tensor
+    zero_point: Tensor
+    running_min: Tensor
+    running_max: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        mode: ActivationMode = "learned",
+        non_negative: bool = False,
+        symmetric: bool = False,
+        gradient: Gradient = "clipped",
+        activation: Fused = "none",
+        function: nn.Module | None = None,
+        method: ActivationRange = "mse",
+        momentum: float = 0.9,
+        range_steps: int = 800,
+    ) -> None:
+        super().__init__()
+        _check_bits(bits)
+        if mode not in ("learned", "fixed", "ema"):
+            raise ValueError(f"mode is {mode!r}; wanted learned, fixed or ema")
+        if activation != "none" and function is not None:
+            raise ValueError("activation and function are both given; wanted at most one of them")
+        self.bits = bits
+        self.mode = mode
+        self.non_negative = non_negative or activation != "none"
+        self.symmetric = symmetric and not self.non_negative
+        self.gradient: Gradient = gradient
+        self.activation: Fused = activation
+        self.function = function
+        self.method: ActivationRange = method
+        self.momentum = momentum
+        self.range_steps = range_steps
+        self.quant_min = -(1 << (bits - 1)) if self.symmetric else 0
+        self.quant_max = self.quant_min + (1 << bits) - 1
+        self.enabled = True
+        self.calibration: ActivationRange | None = None
+        # Lower end, upper end and number of forwards of the calibration under way.
+        self._spans: tuple[Tensor, Tensor, int] | None = None
+        # Mirrors `observations` on the host, where forward may read it freely.
+        self._observed = 0
+        self.register_buffer("observations", torch.zeros((), dtype=torch.int64))
+        if mode == "ema":
+            self.register_buffer("running_min", torch.full((1,), float("inf")))
+            self.register_buffer("running_max", torch.full((1,), -float("inf")))
+        else:
+            self.scale = nn.Parameter(torch.ones(1), requires_grad=mode == "learned")
+            self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.function is not None:
+            x = self.function(x)
+        if not self.enabled:
+            return _activate(x, self.activation)
+        if self.calibration is not None:
+            self._calibrate(x, self.calibration)
+        elif self._observed == 0 and self.mode != "ema" and self.training:
+            self._calibrate(x, "minmax")
+        if self.mode == "ema":
+            observe = self.training and self.calibration is None and self._observed < self.range_steps
+            if observe:
+                self._count()
+            elif self._observed == 0:
+                raise RuntimeError(_NO_RANGE)
+            return ops.observe_fake_quantize(
+                x,
+                self.running_min,
+                self.running_max,
+                self.bits,
+                momentum=self.momentum,
+                observe=observe,
+                symmetric=self.symmetric,
+                signed=self.symmetric,
+                gradient=self.gradient,
+                activation=self.activation,
+            )[0]
+        if self._observed == 0:
+            raise RuntimeError(_NO_RANGE)
+        learned = self.mode == "learned"
+        step = _positive_step(self.scale, x[:1].numel(), self.quant_max) if learned else self.scale
+        return ops.fake_quantize(
+            x,
+            step,
+            self.zero_point,
+            self.quant_min,
+            self.quant_max,
+            gradient="learned" if learned else self.gradient,
+            activation=self.activation,
+        )
+
+    def qparams(self) -> QuantizationParameters:
+        """Scale [1], zero point [1] (whole numbers), quant_min, quant_max in use; RuntimeError if it has no range."""
+        if self._observed == 0:
+            raise RuntimeError(_NO_RANGE)
+        if self.mode == "ema":
+            scale, zero_point = ops.range_to_qparams(
+                self.running_min, self.running_max, self.quant_min, self.quant_max, symmetric=self.symmetric
+            )
+            return scale, zero_point, self.quant_min, self.quant_max
+        scale = self.scale.detach().abs()
+        if self.mode == "learned":
+            scale = scale.clamp_min(_SMALLEST_STEP)
+        return scale, self.zero_point, self.quant_min, self.quant_max
+
+    @contextmanager
+    def calibrating(self, method: ActivationRange | None = None) -> Iterator[None]:
+        """Within this context each forward sets the range from its input and then quantizes with it.
+
+        `method` None means the quantizer's own. `"mse"` takes the range of least squared error, averaged over the
+        forwards; `"minmax"` (and `"ema"`, the same here) the extreme values over all of them. Mode ema always takes
+        extreme values. A forward raises ValueError for values that are NaN or infinite.
+        """
+        self.calibration, self._spans = method or self.method, None
+        try:
+            yield
+        finally:
+            self.calibration, self._spans = None, None
+
+    @torch.no_grad()
+    def _calibrate(self, x: Tensor, method: ActivationRange) -> None:
+        span = self._span(_activate(x.detach(), self.activation), method)
+        if self._spans is not None:
+            low, high, count = self._spans
+            if method == "mse" and self.mode != "ema":
+                span = low.lerp(span[0], 1 / (count + 1)), high.lerp(span[1], 1 / (count + 1))
+            else:
+                span = torch.minimum(low, span[0]), torch.maximum(high, span[1])
+        low, high = span
+        if not bool(torch.isfinite(high - low)):
+            raise ValueError("the values to calibrate an activation quantizer on hold NaN or infinity")
+        if self.calibration is not None:
+            self._spans = low, high, 1 if self._spans is None else self._spans[2] + 1
+        if self.mode == "ema":
+            self.running_min.copy_(low)
+            self.running_max.copy_(high)
+        else:
+            scale, zero_point = ops.range_to_qparams(
+                low, high, self.quant_min, self.quant_max, symmetric=self.symmetric
+            )
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+        self._observed = 1
+        self.observations.fill_(1)
+
+    def _span(self, x: Tensor, method: ActivationRange) -> tuple[Tensor, Tensor]:
+        """Lower and upper end, [1] each, from which `range_to_qparams` makes the step that fits x."""
+        x = x if x.dtype == torch.float64 else x.float()
+        low, high = (v.reshape(1) for v in x.aminmax())
+        if self.non_negative:
+            low = torch.zeros_like(low)
+        # All zeros: any step fits, and none should enter an average.
+        if self.mode == "ema" or method != "mse" or not bool((high > low).any()):
+            return low, high
+        scale, zero_point = ops.mse_range(x, self.quant_min, self.quant_max, symmetric=self.symmetric)
+        if self.symmetric:
+            half = scale * ((self.quant_max - self.quant_min) / 2)
+            return -half, half
+        return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
+
+    def _count(self) -> None:
+        self._observed += 1
+        self.observations.add_(1)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._observed = int(self.observations)
+
+    def extra_repr(self) -> str:
+        name = f", activation={self.activation}" if self.activation != "none" else ""
+        return f"bits={self.bits}, mode={self.mode}, codes=[{self.quant_min}, {self.quant_max}]{name}"
+
+
+class WeightQuantizer(nn.Module):
+    """Fake-quantizes a weight per channel of axis 0.
+
+    Args:
+        bits: 2 to 8; codes [-2^(bits-1), 2^(bits-1) - 1].
+        channels: size of axis 0.
+        mode: `"learned"` trains the steps, which `initialise` or else the first forward sets; `"live"` ranges the
+            weight anew in every forward.
+        method: `"mse"`, the range of least squared error, or `"minmax"`.
+        symmetric: zero point 0; otherwise a zero point per channel from its range.
+        gradient: of the straight-through estimator in mode `"live"`.
+
+    State in mode learned: `scale` (float32 [channels], zeros until it is set) and `zero_point` (int32 [channels]).
+    """
+
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        bits: int,
+        channels: int,
+        *,
+        mode: WeightMode = "learned",
+        method: WeightRange = "mse",
+        symmetric: bool = True,
+        gradient: Gradient = "clipped",
+    ) -> None:
+        super().__init__()
+        _check_bits(bits)
+        if mode not in ("learned", "live"):
+            raise ValueError(f"mode is {mode!r}; wanted learned or live")
+        if method not in ("mse", "minmax"):
+            raise ValueError(f"method is {method!r}; wanted mse or minmax")
+        self.bits = bits
+        self.mode = mode
+        self.method = method
+        self.symmetric = symmetric
+        self.gradient: Gradient = gradient
+        self.quant_min = -(1 << (bits - 1))
+        self.quant_max = (1 << (bits - 1)) - 1
+        self.enabled = True
+        # Whether `scale` is set, on the host, where forward may read it freely.
+        self._initialised = False
+        if mode == "learned":
+            self.scale = nn.Parameter(torch.zeros(channels))
+            self.register_buffer("zero_point", torch.zeros(channels, dtype=torch.int32))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight on its grid, same shape and dtype."""
+        if not self.enabled:
+            return weight
+        if self.mode == "live" and self.method == "minmax":
+            return ops.fake_quantize_weight(weight, self.bits, axis=0, symmetric=self.symmetric, gradient=self.gradient)
+        if self.mode == "live":
+            scale, zero_point = self._range(weight)
+            return ops.fake_quantize(
+                weight, scale, zero_point, self.quant_min, self.quant_max, axis=0, gradient=self.gradient
+            )
+        if not self._initialised:
+            self.initialise(weight)
+        step = _positive_step(self.scale, weight[:1].numel(), self.quant_max)
+        return ops.fake_quantize(
+            weight, step, self.zero_point, self.quant_min, self.quant_max, axis=0, gradient="learned"
+        )
+
+    @torch.no_grad()
+    def initialise(self, weight: Tensor) -> None:
+        """Sets learned steps and zero points from a weight [channels, ...]; nothing to do in mode live."""
+        if self.mode == "learned":
+            scale, zero_point = self._range(weight)
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
+            self._initialised = True
+
+    @torch.no_grad()
+    def qparams(self, weight: Tensor) -> QuantizationParameters:
+        """Scale [channels], zero point [channels] (whole numbers), quant_min and quant_max in use for this weight."""
+        if self.mode == "learned":
+            if not self._initialised:
+                self.initialise(weight)
+            scale, zero_point = self.scale.detach().abs().clamp_min(_SMALLEST_STEP), self.zero_point
+        else:
+            scale, zero_point = self._range(weight)
+        return scale, zero_point, self.quant_min, self.quant_max
+
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.detach()
+        if self.method == "mse":
+            return ops.mse_range(weight, self.quant_min, self.quant_max, axis=0, symmetric=self.symmetric)
+        return ops.fake_quantize_weight(weight, self.bits, axis=0, symmetric=self.symmetric, return_qparams=True)[1:]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._initialised = self.mode == "learned" and bool((self.scale != 0).any())
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, mode={self.mode}, method={self.method}, symmetric={self.symmetric}"
+
+
+def set_quantization(model: nn.Module, *, weights: bool = True, activations: bool = True) -> None:
+    """Switches all weight and activation quantizers of a network on or off; off, it computes in floating point."""
+    for module in model.modules():
+        if isinstance(module, WeightQuantizer):
+            module.enabled = weights
+        elif isinstance(module, ActivationQuantizer):
+            module.enabled = activations
+
+
+_NO_RANGE = "an activation quantizer has no range yet: calibrate the network (clusterq.qat.calibrate) or train it first"
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits is {bits}; supported widths are 2 to 8 bits")
+
+
+def _activate(x: Tensor, activation: Fused) -> Tensor:
+    if activation == "none":
+        return x
+    return functional.relu(x) if activation == "relu" else functional.relu6(x)

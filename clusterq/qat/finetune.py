@@ -1,0 +1,238 @@
+"""Quantization-aware fine-tuning of a student against its teacher: loss (11) of ClusterQ.
+
+The student trains in evaluation mode, as published: BatchNorm statistics stay as they are and dropout is off; only EMA
+ranges of activations move. All randomness comes from one generator, so a seed fixes every bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clusterq.config import FinetuneConfig
+from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from clusterq.qat.distill import classification_loss, distillation_loss
+from clusterq.qat.trace import evaluating
+from clusterq.synthesis.stored import MetricLog, OnStep
+
+Progress = Callable[[int, int], None]
+
+# Steps between two looks at the losses: each look waits for the device.
+_CHECK_EVERY = 10
+# Keeps the augmentation's random stream apart from those of image synthesis under the same seed.
+_AUGMENT_STREAM = 0x61
+
+
+class ImageSource(Protocol):
+    """Anything that hands out training images, such as the sources in `clusterq.synthesis`."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images [N, C, H, W] and labels int64 [N] of a step, counted from 0, on the device of the networks."""
+        ...
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module,
+    source: ImageSource,
+    config: FinetuneConfig,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+    on_step: OnStep | None = None,
+) -> list[dict[str, float]]:
+    """Trains the student in place for `config.steps` steps and leaves it in evaluation mode.
+
+    Args:
+        student: network from `clusterq.prepare`, calibrated.
+        teacher: the network in floating point; gets no gradients and keeps its mode.
+        source: images and labels, on the device of both networks.
+        config: settings of the training.
+        seed: of the augmentation.
+        progress: called with (steps done, steps in all) after each step.
+        on_step: called with (step, metrics) for every step, some steps later, in groups.
+
+    Returns one dictionary per step: `step`, the terms `kd` and `ce` in use, `loss`, and with a teacher in use
+    `agreement`, the fraction of images to which both networks give the same class.
+
+    Raises:
+        DivergenceError: a loss became NaN or infinite; names the first step and term.
+        ValueError: both weights of the loss are zero.
+    """
+    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step)
+    run.run(progress)
+    return run.metrics
+
+
+class Finetuner:
+    """A fine-tuning run that can be interrupted; arguments as `finetune`.
+
+    `state_dict` after any step and `load_state_dict` into a new run of the same arguments: `run` then continues bit for
+    bit. A streaming source keeps its own state. Whether BatchNorm's gamma and beta require gradients follows
+    `config.train_batch_norm`.
+
+    Attributes:
+        step: steps done.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        source: ImageSource,
+        config: FinetuneConfig,
+        *,
+        seed: int,
+        on_step: OnStep | None = None,
+    ) -> None:
+        if config.ce_weight == 0 and config.kd_weight == 0:
+            raise ValueError("ce_weight and kd_weight are both 0; wanted at least one term of the loss")
+        self.student = student
+        self.teacher = teacher
+        self.source = source
+        self.config = config
+        self.step = 0
+        self._log = MetricLog("fine-tuning", every=_CHECK_EVERY, on_step=on_step)
+        device = next(student.parameters()).device
+        self._device_type = device.type
+        self._random = torch.Generator(device).manual_seed((seed * 0x100 + _AUGMENT_STREAM) & 0x7FFF_FFFF_FFFF_FFFF)
+        self._optimizer = _optimizer(student, config)
+        self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """One dictionary per step done; raises DivergenceError as `finetune`."""
+        self._log.flush()
+        return self._log.records
+
+    def run(self, progress: Progress | None = None) -> None:
+        """The steps that are left."""
+        self.student.eval()
+        ranges = [m for m in self.student.modules() if isinstance(m, ActivationQuantizer)]
+        try:
+            with evaluating(self.teacher):
+                for module in ranges:
+                    module.training = True
+                while self.step < self.config.steps:
+                    self.train_step()
+                    if progress is not None:
+                        progress(self.step, self.config.steps)
+                self._log.flush()
+        finally:
+            self.student.eval()
+
+    def train_step(self) -> None:
+        """One step. Networks keep the mode they are in: `run` is what sets it."""
+        config = self.config
+        images, labels = self.source.batch(self.step)
+        images = images.detach()
+        if config.augment:
+            images = random_crop_and_flip(images, self._random)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["lr_factor"] * learning_rate(config, self.step)
+        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=config.autocast):
+            logits = self.student(images)
+            terms: dict[str, Tensor] = {}
+            total: Tensor | float = 0.0
+            with torch.no_grad():
+                targets = self.teacher(images) if config.kd_weight else None
+        if targets is not None:
+            terms["kd"] = distillation_loss(logits, targets, config.temperature)
+            total = total + config.kd_weight * terms["kd"]
+        if config.ce_weight:
+            terms["ce"] = classification_loss(logits, labels)
+            total = total + config.ce_weight * terms["ce"]
+        assert isinstance(total, Tensor)
+        terms["loss"] = total
+        self._optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        if config.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
+        self._optimizer.step()
+        if targets is not None:
+            terms["agreement"] = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
+        self._log.append(self.step, {name: term.detach() for name, term in terms.items()})
+        self.step += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the source's own state: step, student, optimizer, random state, metrics."""
+        return {
+            "step": self.step,
+            "student": {k: v.detach().clone() for k, v in self.student.state_dict().items()},
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "random": self._random.get_state(),
+            "metrics": [dict(record) for record in self.metrics],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.step = state["step"]
+        self.student.load_state_dict(state["student"])
+        # The optimizer keeps the buffers it is given and changes them in place.
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._random.set_state(state["random"].cpu())
+        self._log.records = [dict(record) for record in state["metrics"]]
+
+
+def learning_rate(config: FinetuneConfig, step: int) -> float:
+    """Learning rate of a step, counted from 0.
+
+    Cosine from `lr` to 0 (SGDR, Loshchilov and Hutter 2017, equation 5), `lr` divided by 10 at 1/4, 1/2 and 3/4 of the
+    steps, or constant. Raises ValueError for an unknown schedule.
+    """
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+    if config.schedule == "step":
+        return float(config.lr * 0.1 ** (4 * step // config.steps))
+    if config.schedule == "constant":
+        return config.lr
+    raise ValueError(f"schedule is {config.schedule!r}; wanted cosine, step or constant")
+
+
+def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image shifted by up to 1/8 of its size each way, zeros moving in, and mirrored left to right half the time.
+
+    Images [N, C, H, W] -> the same shape; every image draws its own shift and flip from `generator`, which is on the
+    device of the images. 1/8 is the padding of 4 at 32 pixels of He et al. 2015, section 4.2.
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+    pad_h, pad_w = max(1, height // 8), max(1, width // 8)
+    padded = functional.pad(images, (pad_w, pad_w, pad_h, pad_h))
+    top = torch.randint(0, 2 * pad_h + 1, (count, 1), generator=generator, device=device)
+    left = torch.randint(0, 2 * pad_w + 1, (count, 1), generator=generator, device=device)
+    flip = torch.rand((count, 1), generator=generator, device=device) < 0.5
+    columns = torch.arange(width, device=device)
+    rows = (top + torch.arange(height, device=device)).view(count, 1, height, 1)
+    columns = (left + torch.where(flip, columns.flip(0), columns)).view(count, 1, 1, width)
+    sample = torch.arange(count, device=device).view(count, 1, 1, 1)
+    return padded[sample, torch.arange(channels, device=device).view(1, channels, 1, 1), rows, columns]
+
+
+def _optimizer(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+    steps: set[nn.Parameter] = set()
+    for module in student.modules():
+        if isinstance(module, (ActivationQuantizer, WeightQuantizer)):
+            steps.update(module.parameters(recurse=False))
+        elif isinstance(module, _BatchNorm):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(config.train_batch_norm)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p not in steps], "weight_decay": config.weight_decay, "lr_factor": 1.0},
+        {"params": [p for p in trained if p in steps], "weight_decay": 0.0, "lr_factor": config.scale_lr_factor},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, fused=True)
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    raise ValueError(f"optimizer is {config.optimizer!r}; wanted sgd or adam")

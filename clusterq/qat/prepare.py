@@ -1,0 +1,367 @@
+"""Turning a network into its quantized twin: layers swapped, a quantizer after every activation function.
+
+Every `nn.Conv2d` and `nn.Linear` that the network calls gets a quantized weight. Every call of an activation function
+gets a quantizer of its own, whether it is a module, a function or a tensor method: ReLU, ReLU6, Hardtanh, Hardswish,
+SiLU, GELU, LeakyReLU, PReLU, ELU, SELU, CELU, Mish, Softplus, Sigmoid (of gates too), Hardsigmoid, Tanh. The input
+image, BatchNorm, residual sums, pooled features and biases stay in floating point, as in the paper. What should have
+been quantized and could not be is named by `unreached` and in a warning.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from clusterq.config import QuantizationConfig
+from clusterq.errors import ModelError
+from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
+from clusterq.nn.quantizers import ActivationMode, ActivationQuantizer, WeightQuantizer, set_quantization
+from clusterq.qat.trace import Call, Calls, is_in_place, is_non_negative, module_activation, record_calls
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer or call of an activation function.
+
+    Attributes:
+        name: module name in the quantized network; of an unreached function, the module whose forward calls it.
+        kind: class of the layer, or name of the function.
+        weight_bits, activation_bits: widths; None where there is nothing to quantize, or it stays in floating point.
+        note: where it differs from the rest, or why it was not reached.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    note: str = ""
+
+
+def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tensor | None = None) -> nn.Module:
+    """The quantized twin of a network, in evaluation mode; the network itself stays as it is.
+
+    The twin keeps the class of the network, the names of its parameters, and parameters shared between layers. Where
+    activation functions are called as functions, or one module is called at several places, it becomes a subclass whose
+    forward is the traced graph. All parameters require gradients, BatchNorm statistics stay frozen through `.train()`.
+    Ranges are set by `clusterq.qat.calibrate`, or else by the first training batch.
+
+    Args:
+        model: any network, ideally one that torch.fx can trace.
+        config: widths and kinds of ranges.
+        example_input: a batch the network can run on; gives the execution order and names what is out of reach where
+            torch.fx cannot trace the network.
+
+    Raises:
+        ModelError: the network has no Conv2d or Linear, or is quantized already.
+        ValueError: `config.layer_bits` has a name that is neither a quantized layer nor an activation quantizer.
+    """
+    if any(isinstance(m, (QuantizedConv2d, QuantizedLinear)) for m in model.modules()):
+        raise ModelError("the network is quantized already; prepare wants the network in floating point")
+    student = copy.deepcopy(model).eval()
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    conversion = _Conversion(student, config, record_calls(student, example_input))
+    conversion.run()
+    conversion.check_reached(example_input)
+    freeze_batch_norm_statistics(student)
+    student._quantization = (tuple(conversion.rows), tuple(conversion.unreached))  # type: ignore[assignment]
+    if conversion.unreached:
+        names = "; ".join(f"{row.name or 'network'} {row.kind} ({row.note})" for row in conversion.unreached)
+        warnings.warn(f"these stay in floating point: {names}", UserWarning, stacklevel=2)
+    return student
+
+
+def report(prepared: nn.Module) -> list[Row]:
+    """Quantized layers and activation quantizers of a network from `prepare`, in execution order."""
+    return list(_quantization(prepared)[0])
+
+
+def unreached(prepared: nn.Module) -> list[Row]:
+    """Everything in a network from `prepare` that would be quantized but stays in floating point, with the reason."""
+    return list(_quantization(prepared)[1])
+
+
+def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    rows: Any = getattr(prepared, "_quantization", None)
+    if rows is None:
+        raise ValueError(f"{type(prepared).__name__} does not come from clusterq.prepare")
+    return rows  # type: ignore[no-any-return]
+
+
+def freeze_batch_norm_statistics(model: nn.Module) -> None:
+    """Keeps every BatchNorm of a network in evaluation mode, also through `.train()`; gamma and beta stay trainable."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+            if not getattr(module, "statistics_frozen", False):
+                cls: Any = type(module)
+                module.__class__ = _frozen(cls)
+
+
+@functools.cache
+def _frozen(cls: Any) -> Any:
+    def train(self: nn.Module, mode: bool = True) -> Any:
+        return cls.train(self, False)
+
+    # Tracers take a module for a layer by the package its class says it is from.
+    members = {"train": train, "statistics_frozen": True, "__module__": cls.__module__}
+    return type(f"Frozen{cls.__name__}", (cls,), members)
+
+
+class _Conversion:
+    """One network on its way to its quantized twin."""
+
+    def __init__(self, student: nn.Module, config: QuantizationConfig, calls: Calls) -> None:
+        self.student = student
+        self.config = config
+        self.calls = calls
+        self.modules = dict(student.named_modules())
+        self.rows: list[Row] = []
+        self.unreached: list[Row] = []
+        self.swaps: dict[nn.Module, nn.Module] = {}
+        self.used_bits: set[str] = set()
+        self.graph_edited = False
+
+    def run(self) -> None:
+        calls = self.calls.calls
+        if calls is None:
+            calls = [Call(name, "module", False) for name in self.modules if name]
+            self.calls.counts.update({call.name: 1 for call in calls})
+        self._name_unsupported()
+        layers = [c.name for c in calls if c.kind == "module" and _unsupported_layer(self.modules[c.name]) == ""]
+        if not layers:
+            raise ModelError(f"{type(self.student).__name__} has no Conv2d or Linear that can be quantized")
+        if self.calls.graph is not None:
+            self._follow_in_place(calls)
+        seen: set[str] = set()
+        for call in calls:
+            module = self.modules[call.name] if call.kind == "module" else None
+            if module is None:
+                self._function(call)
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                if call.name not in seen and _unsupported_layer(module) == "":
+                    self._layer(call.name, module, first=call.name == layers[0], last=call.name == layers[-1])
+            elif (kind := module_activation(module)) is not None:
+                self._module_activation(call, module, kind, repeated=call.name in seen)
+            seen.add(call.name)
+        self._check_names()
+        for parent in self.modules.values():
+            for name, child in parent._modules.items():
+                if child in self.swaps:
+                    parent._modules[name] = self.swaps[child]
+        if self.graph_edited:
+            self._adopt_graph()
+
+    def check_reached(self, example_input: Tensor | None) -> None:
+        """Looks whether the twin calls all it should: layers also held in a plain list are called past the swap.
+
+        The traced graph calls by name and does not have this problem, so it becomes the twin's forward.
+        """
+        set_quantization(self.student, weights=False, activations=False)
+        found = record_calls(self.student, example_input)
+        set_quantization(self.student)
+        if found.calls is None and self.calls.graph is None:
+            return
+        missing = {row.name for row in self.rows} - {call.name for call in found.calls or ()}
+        if missing and self.calls.graph is not None:
+            self._adopt_graph()
+        elif missing:
+            why = "called through a reference that is not a submodule"
+            lost = [row for row in self.rows if row.name in missing]
+            self.rows = [row for row in self.rows if row.name not in missing]
+            self.unreached += [replace(row, weight_bits=None, activation_bits=None, note=why) for row in lost]
+
+    def _bits(self, name: str, default: int) -> int:
+        if name in self.config.layer_bits:
+            self.used_bits.add(name)
+        return self.config.layer_bits.get(name, default)
+
+    def _check_names(self) -> None:
+        for name in sorted(set(self.config.layer_bits) - self.used_bits):
+            known = [row.name for row in self.rows]
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+            raise ValueError(f"layer_bits names {name!r}, which is not quantized; close matches: {', '.join(near)}")
+
+    def _name_unsupported(self) -> None:
+        for name, module in self.modules.items():
+            called = self.calls.counts.get(name, 0) > 0
+            kind = type(module).__name__
+            why = _unsupported_layer(module)
+            if why == "" and not called:
+                why = "never called"
+            elif why is None and module_activation(module) is not None:
+                why = "" if called else "never called"
+            elif why is None:
+                why = _unsupported_other(module)
+            if why:
+                self.unreached.append(Row(name, kind, note=why))
+
+    def _layer(self, name: str, module: nn.Conv2d | nn.Linear, *, first: bool, last: bool) -> None:
+        config = self.config
+        bits, note = config.weight_bits, ""
+        if last:
+            bits, note = config.last_layer_bits or bits, "last layer"
+        if first:
+            bits, note = config.first_layer_bits or bits, "first layer"
+        if self.calls.calls is None:
+            note += " (in order of definition)" if note else ""
+        bits = self._bits(name, bits)
+        quantizer = WeightQuantizer(
+            bits,
+            len(module.weight),
+            mode="learned" if config.learned_scale else "live",
+            method=config.weight_range,
+            symmetric=config.weight_symmetric,
+            gradient=config.gradient,
+        )
+        if isinstance(module, nn.Conv2d):
+            self.swaps[module] = QuantizedConv2d.from_float(module, quantizer)
+        else:
+            self.swaps[module] = QuantizedLinear.from_float(module, quantizer)
+        self.rows.append(Row(name, type(module).__name__, weight_bits=bits, note=note))
+
+    def _quantizer(self, name: str, kind: str, label: str, note: str = "", **settings: Any) -> ActivationQuantizer:
+        config = self.config
+        mode: ActivationMode = (
+            "learned" if config.learned_scale else "ema" if config.activation_range == "ema" else "fixed"
+        )
+        bits = self._bits(name, config.activation_bits)
+        self.rows.append(Row(name, label, activation_bits=bits, note=note))
+        quantizer = ActivationQuantizer(
+            bits,
+            mode=mode,
+            symmetric=config.activation_symmetric,
+            gradient=config.gradient,
+            method=config.activation_range,
+            momentum=config.range_momentum,
+            range_steps=config.range_steps,
+            **settings,
+        )
+        parameter = next(self.student.parameters())
+        return quantizer.to(parameter.device).eval()
+
+    def _module_activation(self, call: Call, module: nn.Module, kind: str, *, repeated: bool) -> None:
+        label = type(module).__name__
+        fused = kind in ("relu", "relu6")
+        settings: dict[str, Any] = {"non_negative": is_non_negative(kind, module)}
+        if next(module.parameters(), None) is not None:
+            # Its parameters keep their names: the quantizer comes behind it.
+            if call.node is None:
+                if not repeated:
+                    self.unreached.append(Row(call.name, label, note=_UNTRACED))
+                return
+            self._insert(call.node, call.name + "_quantizer", kind, label, settings)
+        elif not repeated:
+            settings |= {"activation": kind} if fused else {"function": module}
+            shared = self.calls.graph is None and self.calls.counts[call.name] > 1
+            note = f"one quantizer for {self.calls.counts[call.name]} calls: {self.calls.problem}" if shared else ""
+            self.swaps[module] = self._quantizer(call.name, kind, label, note, **settings)
+        elif call.node is not None:
+            settings |= {"activation": kind} if fused else {"function": module}
+            self._insert(call.node, call.name, kind, label, settings, instead=True)
+
+    def _function(self, call: Call) -> None:
+        if call.node is None or not call.activation:
+            note = _UNTRACED if call.activation else "called as a function"
+            self.unreached.append(Row(call.name, call.kind, note=note))
+            return
+        fused = call.kind in ("relu", "relu6")
+        settings: dict[str, Any] = (
+            {"activation": call.kind} if fused else {"non_negative": is_non_negative(call.kind, None)}
+        )
+        prefix = f"{call.name}." if call.name else ""
+        self._insert(call.node, prefix + call.kind, call.kind, call.kind, settings, instead=fused)
+
+    def _insert(
+        self, node: fx.Node, base: str, kind: str, label: str, settings: dict[str, Any], *, instead: bool = False
+    ) -> None:
+        """A quantizer behind a node, or in its place, under the first free name `base`, `base_1`, ..."""
+        owner, _, last = base.rpartition(".")
+        parent = self.student.get_submodule(owner)
+        free, count = last, 0
+        while hasattr(parent, free):
+            count += 1
+            free = f"{last}_{count}"
+        name = f"{owner}.{free}" if owner else free
+        parent.add_module(free, self._quantizer(name, kind, label, **settings))
+        graph = node.graph
+        with graph.inserting_after(node):
+            new = graph.call_module(name, (_input_of(node) if instead else node,))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        if instead:
+            graph.erase_node(node)
+        self.graph_edited = True
+
+    def _follow_in_place(self, calls: list[Call]) -> None:
+        """An activation in place also changes what later readers of its input see: they read its output from now on."""
+        assert self.calls.graph is not None
+        order = {node: index for index, node in enumerate(self.calls.graph.nodes)}
+        for call in calls:
+            node = call.node
+            activation = call.activation or (
+                call.kind == "module" and module_activation(self.modules[call.name]) is not None
+            )
+            if node is None or not activation or not is_in_place(node, self.modules):
+                continue
+            source = _input_of(node)
+            later = [user for user in source.users if order[user] > order[node]]
+            for user in later:
+                user.replace_input_with(source, node)
+            self.graph_edited |= bool(later)
+
+    def _adopt_graph(self) -> None:
+        assert self.calls.graph is not None
+        self.calls.graph.lint()
+        cls = type(self.student)
+        traced = type(fx.GraphModule(self.student, self.calls.graph, cls.__name__)).forward
+        members = {"forward": traced, "__module__": cls.__module__, "__doc__": cls.__doc__}
+        self.student.__class__ = type(f"Traced{cls.__name__}", (cls,), members)
+
+
+_UNTRACED = "called as a function in a network that torch.fx cannot trace"
+
+
+def _input_of(node: fx.Node) -> fx.Node:
+    source = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(source, fx.Node)
+    return source
+
+
+def _unsupported_layer(module: nn.Module) -> str | None:
+    """Empty for a Conv2d or Linear that can be quantized, the reason for one that cannot, None for any other module."""
+    if isinstance(module, nn.Conv2d):
+        own = type(module).forward is not nn.Conv2d.forward or type(module)._conv_forward is not nn.Conv2d._conv_forward
+    elif isinstance(module, nn.Linear):
+        own = type(module).forward is not nn.Linear.forward
+    else:
+        return None
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "its weight is read by nn.MultiheadAttention"
+    if own:
+        return "has a forward of its own"
+    if hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    if isinstance(module.weight, nn.UninitializedParameter):
+        return "its weight is not initialised yet"
+    if not module.weight.is_floating_point():
+        return f"its weight is {module.weight.dtype}"
+    return ""
+
+
+def _unsupported_other(module: nn.Module) -> str:
+    """The reason when a layer of torch.nn holds a matrix or is an activation function without a quantized form."""
+    package = type(module).__module__
+    if package == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention):
+        return "no quantizer for this activation function"
+    matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    if package.startswith("torch.nn.modules.") and matrix and not isinstance(module, nn.LayerNorm):
+        return "no quantized form of this layer"
+    return ""

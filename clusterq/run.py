@@ -1,0 +1,336 @@
+"""One run from start to finish: load, measure, synthesise, quantize at every width, measure again, write the folder.
+
+The run folder holds `result.json` (every number with what is needed to repeat it), `metrics.jsonl` (loss terms per
+step), the figures with `report.html`, and one checkpoint per width. It is renamed into place when all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clusterq import figures, ops, qat, report
+from clusterq.checkpoint import write_checkpoint
+from clusterq.config import ClusterQConfig, QuantizationConfig
+from clusterq.data import EvaluationResult, EvaluationSet, evaluate, open_for
+from clusterq.errors import DataError, require
+from clusterq.folders import check_writable, new_folder
+from clusterq.method import ClusterQ
+from clusterq.models import LoadedModel, file_sha256, load_model, require_batch_norm
+from clusterq.synthesis import project_statistics
+from clusterq.versions import machine, versions
+
+RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
+_PLOTTED_IMAGES = 512
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Width:
+    """Bits of weights and activations, written `W4A8`."""
+
+    weight_bits: int
+    activation_bits: int
+
+    def __str__(self) -> str:
+        return f"W{self.weight_bits}A{self.activation_bits}"
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What `clusterq quantize` was asked to do.
+
+    Attributes:
+        model, weights, input_size, mean, std, download: see `clusterq.models.load_model`.
+        data: evaluation set, see `clusterq.data.open_data`; None: nothing is measured.
+        output: run folder to make; `overwrite` replaces an earlier one.
+        widths: one student each, all from the same images.
+        config: settings; its widths are replaced by `widths`.
+        images: `images.safetensors` of an earlier run instead of synthesis.
+        save_images: store the images in the run folder.
+        limit: evaluate on the first so many images only.
+        evaluation_batch: images per evaluation batch.
+        device: where to compute.
+        command: as typed, for the result.
+    """
+
+    model: str
+    weights: str | None
+    data: str | None
+    output: Path
+    widths: tuple[Width, ...]
+    config: ClusterQConfig
+    input_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    download: bool = False
+    images: Path | None = None
+    save_images: bool = False
+    limit: int | None = None
+    evaluation_batch: int = 128
+    device: str = "cpu"
+    overwrite: bool = False
+    command: str = ""
+
+
+class _Run:
+    """The state of one run: what was loaded, what was measured."""
+
+    def __init__(self, request: RunRequest, progress: Progress | None) -> None:
+        self.request = request
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+        self.metrics: list[dict[str, Any]] = []
+        with self.timed("load"):
+            self.loaded = load_model(
+                request.model,
+                request.weights,
+                input_size=request.input_size,
+                mean=request.mean,
+                std=request.std,
+                download=request.download,
+            )
+            require_batch_norm(self.loaded.model)
+            self.data = open_for(self.loaded, request.data) if request.data is not None else None
+        self.loaded.model.to(request.device)
+        self.method = ClusterQ(
+            self.loaded.model,
+            replace(request.config, quantization=self.quantization(request.widths[0])),
+            input_shape=self.loaded.input_shape,
+            num_classes=self.loaded.num_classes,
+            device=request.device,
+            progress=False if progress is None else progress,
+        )
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def quantization(self, width: Width) -> QuantizationConfig:
+        return replace(
+            self.request.config.quantization, weight_bits=width.weight_bits, activation_bits=width.activation_bits
+        )
+
+    def measure(self, model: nn.Module, label: str) -> dict[str, float | None] | None:
+        """Top-1 and top-5 in percent; None without an evaluation set."""
+        if self.data is None:
+            return None
+        call = self.progress
+        with self.timed("evaluation"):
+            result = evaluate(
+                model,
+                self.data,
+                batch_size=self.request.evaluation_batch,
+                limit=self.request.limit,
+                device=self.request.device,
+                progress=None if call is None else lambda done, total: call(f"evaluate {label}", done, total),
+            )
+        return _accuracy(result)
+
+    def make_images(self) -> tuple[Tensor, Tensor]:
+        with self.timed("synthesis"):
+            if self.request.images is None:
+                source = self.method.synthesize()
+            else:
+                source = self.method.use_images(*_read_images(self.request.images))
+        return source.images().detach(), source.labels()
+
+    def width(self, width: Width, folder: Path) -> dict[str, Any]:
+        """Everything about one width: rounding alone two ways, the student, its checkpoint."""
+        quantization = self.quantization(width)
+        row: dict[str, Any] = {
+            "bits": str(width),
+            "weight_bits": width.weight_bits,
+            "activation_bits": width.activation_bits,
+            "first_layer_bits": quantization.first_layer_bits or width.weight_bits,
+            "last_layer_bits": quantization.last_layer_bits or width.weight_bits,
+            "layer_bits": dict(quantization.layer_bits),
+        }
+        kinds: tuple[Literal["minmax", "mse"], ...] = ("minmax", "mse")
+        for kind in kinds:
+            rounding = replace(
+                quantization, weight_range=kind, activation_range=kind, learned_scale=False, gradient="clipped"
+            )
+            with self.timed("calibration"):
+                student = self.method.calibrate(rounding)
+            row[f"rounded_{kind}"] = self.measure(student, f"{width} {kind}")
+        start = time.perf_counter()
+        result = self.method.finetune(quantization)
+        row["finetune_seconds"] = time.perf_counter() - start
+        self.seconds["finetune"] = self.seconds.get("finetune", 0.0) + row["finetune_seconds"]
+        row["clusterq"] = self.measure(result.student, f"{width} ClusterQ")
+        row["samples_seen"] = result.samples_seen
+        row["label_accuracy"] = 100 * result.label_accuracy
+        row["layers"] = [asdict(layer) for layer in qat.report(result.student)]
+        row["unreached"] = [asdict(layer) for layer in qat.unreached(result.student)]
+        row["checkpoint"] = f"checkpoints/{width}"
+        self.metrics += [{"phase": "finetune", "bits": str(width), **step} for step in result.metrics["finetune"]]
+        target = folder / "checkpoints" / str(width)
+        target.mkdir(parents=True)
+        write_checkpoint(
+            result.student,
+            target,
+            config=result.config,
+            input_shape=self.loaded.input_shape,
+            num_classes=self.loaded.num_classes,
+            source=self.loaded.source,
+            mean=self.loaded.mean,
+            std=self.loaded.std,
+            extra={"top1": row["clusterq"]["top1"] if row["clusterq"] else None},
+        )
+        if result.metrics["synthesis"]:
+            self.synthesis_metrics = result.metrics["synthesis"]
+        return row
+
+    synthesis_metrics: list[dict[str, float]]
+
+    def separability(self, images: Tensor, labels: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Points [n, 2] and labels [n] of synthesised and, where there are any, real images."""
+        teacher = self.method.teacher
+        count = min(len(images), _PLOTTED_IMAGES)
+        points = {"synthesised": (project_statistics(teacher, images[:count]), labels[:count].cpu())}
+        if self.data is not None:
+            real, real_labels = next(self.data.batches(min(_PLOTTED_IMAGES, len(self.data))))
+            if len(real) > 1:
+                points["real, for comparison"] = (project_statistics(teacher, real), real_labels)
+        return points
+
+
+def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
+    """Carry out a request and write its run folder.
+
+    Args:
+        request: what to do.
+        progress: called with (phase, done, total or None).
+
+    Returns:
+        The content of `result.json`.
+
+    Raises:
+        ClusterQError: see `clusterq.errors`; nothing is left behind.
+    """
+    check_writable(request.output, overwrite=request.overwrite)
+    start = time.perf_counter()
+    state = _Run(request, progress)
+    with new_folder(request.output, overwrite=request.overwrite) as folder:
+        full = state.measure(state.loaded.model, "FP32")
+        images, labels = state.make_images()
+        source = state.method.source
+        state.synthesis_metrics = list(getattr(source, "metrics", []))
+        rows = [state.width(width, folder) for width in request.widths]
+        state.metrics = [{"phase": "synthesis", **step} for step in state.synthesis_metrics] + state.metrics
+        if state.method.streaming:
+            assert source is not None
+            images, labels = source.images().detach(), source.labels()
+        result = _result(state, full, rows, images)
+        if request.save_images:
+            _write_images(folder / "images.safetensors", images, labels)
+        with state.timed("report"):
+            pictures = figures.draw(
+                folder,
+                result,
+                metrics=state.metrics,
+                images=images.cpu(),
+                labels=labels.cpu(),
+                separability=state.separability(images, labels),
+            )
+        result["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
+        _write_json(folder / "result.json", result)
+        with open(folder / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in state.metrics)
+        report.write_html(folder / "report.html", result, pictures)
+    return result
+
+
+def _result(
+    state: _Run, full: Mapping[str, float | None] | None, rows: list[dict[str, Any]], images: Tensor
+) -> dict[str, Any]:
+    request, loaded = state.request, state.loaded
+    settings = replace(request.config, quantization=state.quantization(request.widths[0])).to_dict()
+    return {
+        "format": RESULT_FORMAT,
+        "format_version": RESULT_VERSION,
+        "command": request.command,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "preset": request.config.preset,
+        "seed": request.config.seed,
+        "model": _model_facts(loaded),
+        "data": _data_facts(state.data, request),
+        "float": full,
+        "images": {
+            "count": len(images),
+            "shape": list(images.shape[1:]),
+            "source": str(request.images) if request.images is not None else request.config.synthesis.source,
+            "label_accuracy": rows[-1]["label_accuracy"],
+        },
+        "widths": rows,
+        "seconds": dict(state.seconds),
+        "config": settings,
+        "versions": versions(),
+        "machine": {**machine(), "device": request.device},
+        "backends": {
+            backend.op: backend.kernel
+            for backend in ops.backends()
+            if backend.device == torch.device(request.device).type
+        },
+    }
+
+
+def _model_facts(loaded: LoadedModel) -> dict[str, Any]:
+    return {
+        **asdict(loaded.source),
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "input_shape": list(loaded.input_shape),
+        "num_classes": loaded.num_classes,
+        "mean": list(loaded.mean),
+        "std": list(loaded.std),
+    }
+
+
+def _data_facts(data: EvaluationSet | None, request: RunRequest) -> dict[str, Any] | None:
+    if data is None or request.data is None:
+        return None
+    path = Path(request.data)
+    return {
+        "name": data.name,
+        "images": len(data) if request.limit is None else min(request.limit, len(data)),
+        "of": len(data),
+        "sha256": file_sha256(path) if path.is_file() else None,
+    }
+
+
+def _accuracy(result: EvaluationResult) -> dict[str, float | None]:
+    return {"top1": result.top1, "top5": result.top5}
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def _write_images(path: Path, images: Tensor, labels: Tensor) -> None:
+    safetensors = require("safetensors.torch", purpose="storing images")
+    path.write_bytes(safetensors.save({"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}))
+
+
+def _read_images(path: Path) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] and labels [N] of an earlier run."""
+    safetensors = require("safetensors", purpose="reading images")
+    try:
+        tensors = require("safetensors.torch", purpose="reading images").load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DataError(f"{path} cannot be read as stored images: {error}") from error
+    if set(tensors) != {"images", "labels"}:
+        raise DataError(f"{path} holds {sorted(tensors)}; wanted images and labels")
+    return tensors["images"], tensors["labels"]

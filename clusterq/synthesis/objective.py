@@ -1,0 +1,172 @@
+"""The synthesis loss (10) as one object: teacher, centroids and noise behind a call on (images, labels)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clusterq.config import SynthesisConfig
+from clusterq.synthesis.centroid_bank import CentroidBank
+from clusterq.synthesis.losses import (
+    ClassStatistics,
+    bns_loss,
+    channel_weights,
+    class_alignment_loss,
+    class_statistics,
+    correct_mask,
+    diversity_loss,
+    diversity_targets,
+    to_spread,
+)
+from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """One evaluation of the loss.
+
+    Attributes:
+        total: scalar to differentiate.
+        terms: the unweighted terms ce, bns, alignment, diversity (those in use) and label_accuracy; detached scalars
+            on the device.
+        statistics: class statistics of the batch for the moving average of the centroids; None without centroids.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    statistics: ClassStatistics | None
+
+
+class SynthesisObjective:
+    """`L = ce * CE (8) + alpha1 * BNS (9) + alpha2 * alignment (4) + alpha3 * diversity (6)`.
+
+    Args:
+        teacher: the frozen network.
+        config: weights and switches. With alpha2 = alpha3 = 0 no centroids are kept.
+        seed: of the diversity noise.
+
+    Attributes:
+        bank: the centroids, None where the configuration does not use them.
+        first_layer: first BatchNorm layer that carries centroids.
+    """
+
+    def __init__(self, teacher: Teacher, config: SynthesisConfig, *, seed: int) -> None:
+        self.teacher = teacher
+        self.config = config
+        device = teacher.device
+        self.first_layer = semantic_start(teacher.num_layers, config.semantic_start)
+        self._offset = sum(teacher.channels[: self.first_layer])
+        self._weight = channel_weights(teacher.channels, config.bns_reduction, device=device)
+        semantic = teacher.channels[self.first_layer :]
+        self._class_weight = channel_weights(semantic, config.class_reduction, device=device)
+        running_mean, running_var = teacher.running_mean[self._offset :], teacher.running_var[self._offset :]
+        running_spread = to_spread(running_var, config.spread)
+        self._noise_scale: Tensor | float = to_spread(running_var, "std") if config.noise_relative else 1.0
+        # Coordinates of `nearest`: units of each channel's own deviation, every layer with the same total weight.
+        norm = torch.sqrt(
+            channel_weights(semantic, "mean", device=device) / (running_var + teacher.eps[self._offset :])
+        )
+        self._center = torch.cat([running_mean, running_spread])
+        self._scale = torch.cat([norm, norm])
+        self._noise = torch.Generator(device).manual_seed(seed)
+        self.bank: CentroidBank | None = None
+        if config.alignment_weight != 0 or config.diversity_weight != 0:
+            self.bank = CentroidBank(teacher.num_classes, sum(semantic), config.decay, device=device)
+
+    def autocast(self) -> torch.autocast:
+        """Context of the forward passes: bfloat16 where the configuration says so."""
+        return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.config.autocast)
+
+    def __call__(self, images: Tensor, labels: Tensor, *, use_classes: bool = True) -> LossTerms:
+        """Evaluate on images [N, C, H, W] with labels [N] int64. `use_classes=False` is the warm-up loss (7)."""
+        config = self.config
+        with self.autocast():
+            output = self.teacher(images)
+        ce = F.cross_entropy(output.logits.float(), labels)
+        bns = bns_loss(
+            output.mean,
+            output.var,
+            self.teacher.running_mean,
+            self.teacher.running_var,
+            weight=self._weight,
+            spread=config.spread,
+        )
+        correct = correct_mask(output.logits, labels)
+        total = config.ce_weight * ce + config.bns_weight * bns
+        terms = {"ce": ce, "bns": bns}
+        statistics = None
+        if use_classes and self.bank is not None:
+            statistics = self._class_statistics(output, labels, correct)
+            centroid_mean, centroid_spread, exists = self.bank.lookup(statistics.classes)
+            # A class seen for the first time has no centroid to compare with, only one to start.
+            known = statistics._replace(samples=torch.where(exists, statistics.samples, 0))
+            reduction, weight = config.class_reduction, self._class_weight
+            alignment = class_alignment_loss(known, centroid_mean, centroid_spread, weight=weight, reduction=reduction)
+            targets = diversity_targets(
+                centroid_mean,
+                centroid_spread,
+                config.noise_mean * self._noise_scale,
+                config.noise_spread * self._noise_scale,
+                self._noise,
+            )
+            diversity = diversity_loss(known, *targets, weight=weight, reduction=reduction)
+            total = total + config.alignment_weight * alignment + config.diversity_weight * diversity
+            terms |= {"alignment": alignment, "diversity": diversity}
+        detached = {name: value.detach() for name, value in terms.items()}
+        detached["label_accuracy"] = correct.float().mean()
+        return LossTerms(total, detached, statistics)
+
+    def update_centroids(self, terms: LossTerms) -> None:
+        """Moving average of the centroids (5) with the statistics of an evaluation; after its backward pass."""
+        if self.bank is not None and terms.statistics is not None:
+            self.bank.update_(terms.statistics)
+
+    @torch.no_grad()
+    def initialise_centroids(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Set all centroids from the teacher's statistics of (images, labels) batches that cover the classes."""
+        if self.bank is None:
+            return
+        rows = []
+        for images, labels in batches:
+            with self.autocast():
+                output = self.teacher(images)
+            correct = correct_mask(output.logits, labels)
+            if self.config.assignment == "label":
+                correct = torch.ones_like(correct)
+            rows.append((output.mean[:, self._offset :], output.var[:, self._offset :], labels, correct))
+        mean, var, labels, correct = (torch.cat(part) for part in zip(*rows, strict=True))
+        self.bank.initialise_(mean, var, labels, correct, spread=self.config.spread)
+
+    def _class_statistics(self, output: TeacherOutput, labels: Tensor, correct: Tensor) -> ClassStatistics:
+        mean, var = output.mean[:, self._offset :], output.var[:, self._offset :]
+        mask: Tensor | None = None
+        if self.config.assignment == "teacher":
+            mask = correct
+        elif self.config.assignment == "nearest":
+            mask = self._near_own_centroid(mean, var, labels, correct)
+        return class_statistics(mean, var, labels, self.teacher.num_classes, mask=mask, spread=self.config.spread)
+
+    def _near_own_centroid(self, mean: Tensor, var: Tensor, labels: Tensor, correct: Tensor) -> Tensor:
+        assert self.bank is not None
+        spread = to_spread(var, self.config.spread)
+        index = self.bank.nearest(mean, spread, center=self._center, scale=self._scale)
+        # Where the label has no centroid yet, the teacher's opinion starts one.
+        return torch.where(self.bank.initialised[labels], index == labels, correct)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Centroids and the state of the noise."""
+        state: dict[str, Any] = {"noise": self._noise.get_state()}
+        if self.bank is not None:
+            state["bank"] = self.bank.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self._noise.set_state(state["noise"].cpu())
+        if self.bank is not None:
+            self.bank.load_state_dict(state["bank"])

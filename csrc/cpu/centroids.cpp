@@ -1,0 +1,449 @@
+// nearest_centroid on the CPU: a float32 search with a bound on its error, float64 for the rows it cannot decide.
+//
+// With u = 2^-24, x' = fl(x - m), c' = fl(c - m) and m the mean of the centroids, the computed score s_k differs from
+// t_k = x.c - |c|^2/2 (taken relative to m, exactly) by at most E_k = (D + 8) u / (1 - (D + 8) u) (|x'||c'_k| + |c'_k|^2/2):
+// D + 1 roundings of the sum (2 per step without FMA share them: products and sums), 3 of x', c' and |c'|^2/2, second-order
+// terms and the rounding of the norms below the rest. A row whose best score leads by more than 2 max_k E_k is decided.
+// Otherwise every centroid whose score may reach the best is measured as sum (x - c)^2 in float64, in the order of d.
+#include "centroids_common.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLUSTERQ_X86_LEVELS 1
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace clusterq {
+namespace centroids {
+namespace {
+
+// A packed set of centroids as the inner loops read it.
+struct Book {
+  int64_t clusters, dim;
+  // [panels][dim][width], the last panel only as wide as needed; padded with 0
+  const float* panels;
+  // -|c'|^2 / 2; -inf for padding and for centroids that cannot win
+  const float* offset;
+};
+
+struct Found {
+  float best, second;
+  int32_t id;
+};
+
+// The inner loops of one instruction set.
+struct Level {
+  int lanes, width;
+  size_t state_bytes;
+  void (*search)(const Book&, const float*, int64_t, void*, Found*);
+  void (*score)(const Book&, const float*, float*);
+  void (*widen_bfloat16)(const void*, int64_t, float*);
+  void (*widen_half)(const void*, int64_t, float*);
+  float (*centre)(const float*, const float*, int64_t, float*);
+  double (*distance)(const float*, const float*, int64_t);
+  void (*search_double)(const double* const[4], int64_t, const double*, int64_t, double*, int64_t*);
+};
+
+#define CLUSTERQ_LEVEL portable
+#define CLUSTERQ_LANES 4
+#include "centroids_kernel.h"
+#undef CLUSTERQ_LEVEL
+#undef CLUSTERQ_LANES
+
+#ifdef CLUSTERQ_X86_LEVELS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define CLUSTERQ_LEVEL avx2
+#define CLUSTERQ_LANES 8
+#include "centroids_kernel.h"
+#undef CLUSTERQ_LEVEL
+#undef CLUSTERQ_LANES
+#pragma GCC pop_options
+
+// GCC 12 takes the undefined pass-through operand of its own unmasked AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define CLUSTERQ_LEVEL avx512
+#define CLUSTERQ_LANES 16
+#include "centroids_kernel.h"
+#undef CLUSTERQ_LEVEL
+#undef CLUSTERQ_LANES
+#pragma GCC pop_options
+#pragma GCC diagnostic pop
+#endif
+
+// The best level of this CPU, or the one CLUSTERQ_CPU_CAPABILITY names.
+const Level& choose_level() {
+  const char* variable = std::getenv("CLUSTERQ_CPU_CAPABILITY");
+  const std::string wanted = variable == nullptr ? "" : variable;
+  STD_TORCH_CHECK(wanted.empty() || wanted == "default" || wanted == "avx2" || wanted == "avx512",
+                  "CLUSTERQ_CPU_CAPABILITY is ", wanted, "; wanted default, avx2 or avx512");
+  if (wanted == "default") return portable::level;
+#ifdef CLUSTERQ_X86_LEVELS
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && wanted != "avx2") return avx512::level;
+  if (has_avx2 && wanted != "avx512") return avx2::level;
+#endif
+  STD_TORCH_CHECK(wanted.empty(), "CLUSTERQ_CPU_CAPABILITY is ", wanted, ", which this CPU or this build does not offer");
+  return portable::level;
+}
+
+const Level& current_level() {
+  static const Level& level = choose_level();
+  return level;
+}
+
+constexpr double kUnit = 0x1p-24;
+// Below this no partial sum of a score can overflow float32.
+constexpr double kLargest = 1e37;
+constexpr int64_t kLargestDim = 1 << 18;
+
+// Centroids of one batch entry, packed for the search, and what the error bound needs to know about them.
+class Codebook {
+ public:
+  Codebook(const Level& level, int64_t clusters, int64_t dim) : level_(level), clusters_(clusters), dim_(dim) {
+    const int64_t padded = (clusters + level.width - 1) / level.width * level.width;
+    panels_.reserve(padded * dim);
+    offset_.reserve(padded);
+    norm_.reserve(padded);
+    mean_.reserve(dim);
+    const double steps = static_cast<double>(dim + 8) * kUnit;
+    relative_ = 1.01 * steps / (1 - steps);
+  }
+
+  // `values` [clusters, dim] must outlive the object.
+  void pack(const float* values) {
+    values_ = values;
+    find_losers();
+    find_mean();
+    largest_norm_ = largest_half_ = 0;
+    const int64_t padded = (clusters_ + level_.width - 1) / level_.width * level_.width;
+    std::fill_n(offset_.get(), padded, -std::numeric_limits<float>::infinity());
+    std::fill_n(norm_.get(), padded, 0.0f);
+    bool any = false;
+    for (int64_t first = 0; first < clusters_; first += level_.width) {
+      const int64_t count = std::min<int64_t>(level_.width, clusters_ - first);
+      const int64_t width = (count + level_.lanes - 1) / level_.lanes * level_.lanes;
+      float* panel = panels_.get() + first * dim_;
+      for (int64_t j = 0; j < width; j++) {
+        const int64_t k = first + j;
+        const bool used = j < count && !loses_[k];
+        double squares = 0;
+        for (int64_t d = 0; d < dim_; d++) {
+          const float value = used ? values[k * dim_ + d] - mean_.get()[d] : 0.0f;
+          panel[d * width + j] = value;
+          squares += static_cast<double>(value) * value;
+        }
+        if (!used) continue;
+        any = true;
+        offset_.get()[k] = static_cast<float>(-0.5 * squares);
+        norm_.get()[k] = static_cast<float>(std::sqrt(squares) * (1 + 1e-6));
+        largest_norm_ = std::max(largest_norm_, std::sqrt(squares) * (1 + 1e-6));
+        largest_half_ = std::max(largest_half_, 0.5 * squares);
+      }
+    }
+    // No score to go by, or too many terms for the slack in the bound: measure every row in float64.
+    if (!any || dim_ > kLargestDim) largest_norm_ = std::numeric_limits<double>::infinity();
+  }
+
+  Book book() const { return {clusters_, dim_, panels_.get(), offset_.get()}; }
+  const float* mean() const { return mean_.get(); }
+  const float* row(int64_t k) const { return values_ + k * dim_; }
+
+  // Bound on every |x'.c'| + |c'|^2/2 of a row with this norm: finite and below kLargest when the search can be trusted.
+  double magnitude(double row_norm) const { return row_norm * largest_norm_ + largest_half_; }
+
+  // Largest error of any score of such a row.
+  double error(double row_norm) const { return relative_ * magnitude(row_norm) + underflow(row_norm); }
+
+  // Error of the score of centroid k.
+  double error(double row_norm, int64_t k) const {
+    return relative_ * (row_norm * norm_.get()[k] - offset_.get()[k]) + underflow(row_norm);
+  }
+
+  // argmin_k sum (x - c_k)^2 in float64 over the centroids that `candidate(k)` lets through; -1 when all are NaN.
+  template <class F>
+  int64_t measure(const float* x, const F& candidate) const {
+    int64_t index = -1, waiting[4];
+    double lowest = 0, distance[4];
+    int count = 0;
+    const auto decide = [&] {
+      for (int j = count; j < 4; j++) waiting[j] = waiting[0];
+      measure4(x, waiting, distance);
+      for (int j = 0; j < count; j++) {
+        const bool lower = index < 0 ? distance[j] == distance[j] : distance[j] < lowest;
+        if (lower) lowest = distance[j], index = waiting[j];
+      }
+      count = 0;
+    };
+    for (int64_t k = 0; k < clusters_; k++) {
+      if (!candidate(k)) continue;
+      waiting[count++] = k;
+      if (count == 4) decide();
+    }
+    if (count > 0) decide();
+    return index;
+  }
+
+ private:
+  // What rounding to zero or to subnormals may add, with or without flush-to-zero.
+  double underflow(double row_norm) const {
+    return static_cast<double>(dim_) * 0x1p-120 * (1 + row_norm + largest_norm_);
+  }
+
+  void measure4(const float* x, const int64_t* k, double* distance) const {
+    const float* c[4] = {row(k[0]), row(k[1]), row(k[2]), row(k[3])};
+    double sum[4] = {};
+    for (int64_t d = 0; d < dim_; d++) {
+      for (int j = 0; j < 4; j++) {
+        const double difference = static_cast<double>(x[d]) - static_cast<double>(c[j][d]);
+        sum[j] += difference * difference;
+      }
+    }
+    std::copy_n(sum, 4, distance);
+  }
+
+  // Centroids that no finite row can choose: not finite, or the same bits as one of lower index. Left in, copies would
+  // tie with the winner and send all its rows to float64.
+  void find_losers() {
+    loses_.assign(clusters_, 0);
+    keys_.resize(clusters_);
+    order_.resize(clusters_);
+    for (int64_t k = 0; k < clusters_; k++) {
+      uint64_t key = 0xcbf29ce484222325u;
+      uint32_t special = 0;
+      for (int64_t d = 0; d < dim_; d++) {
+        const uint32_t bits = bits_of(row(k)[d]);
+        special |= (bits & 0x7f800000u) == 0x7f800000u;
+        key = (key ^ bits) * 0x100000001b3u;
+        key ^= key >> 29;
+      }
+      loses_[k] = special != 0;
+      keys_[k] = key;
+    }
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    std::sort(order_.begin(), order_.end(),
+              [&](int64_t a, int64_t b) { return keys_[a] != keys_[b] ? keys_[a] < keys_[b] : a < b; });
+    // Equal keys stand together in rising order of index; each is compared with the first of its run.
+    int64_t first = 0;
+    for (int64_t i = 1; i < clusters_; i++) {
+      const int64_t a = order_[first], b = order_[i];
+      if (keys_[a] != keys_[b]) {
+        first = i;
+      } else if (std::memcmp(row(a), row(b), sizeof(float) * dim_) == 0) {
+        loses_[b] = 1;
+      }
+    }
+  }
+
+  void find_mean() {
+    total_.assign(dim_, 0.0);
+    int64_t count = 0;
+    for (int64_t k = 0; k < clusters_; k++) {
+      if (loses_[k]) continue;
+      count++;
+      for (int64_t d = 0; d < dim_; d++) total_[d] += row(k)[d];
+    }
+    for (int64_t d = 0; d < dim_; d++) {
+      mean_.get()[d] = static_cast<float>(total_[d] / static_cast<double>(std::max<int64_t>(count, 1)));
+    }
+  }
+
+  const Level& level_;
+  int64_t clusters_, dim_;
+  const float* values_ = nullptr;
+  Scratch<float> panels_, offset_, norm_, mean_;
+  std::vector<char> loses_;
+  std::vector<uint64_t> keys_;
+  std::vector<int64_t> order_;
+  std::vector<double> total_;
+  double relative_, largest_norm_ = 0, largest_half_ = 0;
+};
+
+// [rows, dim] of a 16-bit dtype as float32; float32 stays where it is.
+const float* widened(const Level& level, ScalarType dtype, const void* values, int64_t rows, int64_t dim,
+                     Scratch<float>& memory) {
+  if (dtype == ScalarType::Float) return static_cast<const float*>(values);
+  float* target = memory.reserve(rows * dim);
+  const auto widen_row = dtype == ScalarType::Half ? level.widen_half : level.widen_bfloat16;
+  widen_row(values, rows * dim, target);
+  return target;
+}
+
+// Nearest centroids of `count` rows.
+class Searcher {
+ public:
+  Searcher(const Level& level, const Codebook& codebook, ScalarType dtype, int64_t clusters, int64_t dim)
+      : level_(level), codebook_(codebook), dtype_(dtype), clusters_(clusters), dim_(dim) {
+    // Blocks of rows small enough for L1 while all centroids pass by, larger when the centroids come from beyond L2.
+    const int64_t bytes = clusters * dim * 4 <= (512 << 10) ? (24 << 10) : (256 << 10);
+    block_ = std::clamp<int64_t>(bytes / (4 * dim) / 12 * 12, 12, 1536);
+    centred_.reserve((block_ + 12) * dim);
+    std::fill_n(centred_.get(), (block_ + 12) * dim, 0.0f);
+    state_.reserve((block_ + 12) * static_cast<int64_t>(level.state_bytes));
+    found_.resize(block_);
+    norm_.resize(block_);
+  }
+
+  void run(const void* x, int64_t count, int64_t* index, float* distance) {
+    const int64_t element = dtype_ == ScalarType::Float ? 4 : 2;
+    for (int64_t n = 0; n < count; n += block_) {
+      const int64_t rows = std::min(block_, count - n);
+      const char* source = static_cast<const char*>(x) + n * dim_ * element;
+      search_block(widened(level_, dtype_, source, rows, dim_, wide_), rows, index + n, distance + n);
+    }
+  }
+
+ private:
+  void search_block(const float* x, int64_t rows, int64_t* index, float* distance) {
+    for (int64_t n = 0; n < rows; n++) {
+      const double squares = level_.centre(x + n * dim_, codebook_.mean(), dim_, centred_.get() + n * dim_);
+      // 1.01 and the added constant cover the float32 summation, also of squares below its range
+      norm_[n] = std::sqrt(squares * 1.01 + static_cast<double>(dim_) * 0x1p-120);
+    }
+    level_.search(codebook_.book(), centred_.get(), rows, state_.get(), found_.data());
+    for (int64_t n = 0; n < rows; n++) {
+      const Found& found = found_[n];
+      const double lead = static_cast<double>(found.best) - static_cast<double>(found.second);
+      const bool decided = codebook_.magnitude(norm_[n]) < kLargest && lead > 2 * codebook_.error(norm_[n]);
+      index[n] = decided ? found.id : resolve(x + n * dim_, centred_.get() + n * dim_, norm_[n], found);
+      const bool none = index[n] < 0;
+      distance[n] = none ? std::numeric_limits<float>::quiet_NaN()
+                         : static_cast<float>(level_.distance(x + n * dim_, codebook_.row(index[n]), dim_));
+    }
+  }
+
+  int64_t resolve(const float* x, const float* centred, double norm, const Found& found) {
+    for (int64_t d = 0; d < dim_; d++) {
+      if (std::isnan(x[d])) return -1;
+    }
+    if (!(codebook_.magnitude(norm) < kLargest)) return codebook_.measure(x, [](int64_t) { return true; });
+    float* scores = scores_.reserve((clusters_ + level_.width - 1) / level_.width * level_.width);
+    level_.score(codebook_.book(), centred, scores);
+    const double reach = scores[found.id] - codebook_.error(norm, found.id);
+    return codebook_.measure(x, [&](int64_t k) {
+      return scores[k] > -std::numeric_limits<float>::infinity() && scores[k] + codebook_.error(norm, k) >= reach;
+    });
+  }
+
+  const Level& level_;
+  const Codebook& codebook_;
+  ScalarType dtype_;
+  int64_t clusters_, dim_, block_;
+  Scratch<float> centred_, wide_, scores_;
+  Scratch<char> state_;
+  std::vector<Found> found_;
+  std::vector<double> norm_;
+};
+
+constexpr int64_t kShard = 1536;
+
+void search_float(const Level& level, const char* x, ScalarType x_dtype, const char* c, ScalarType c_dtype, int64_t rows,
+                  int64_t clusters, int64_t dim, int64_t* index, float* distance) {
+  Scratch<float> wide;
+  Codebook codebook(level, clusters, dim);
+  codebook.pack(widened(level, c_dtype, c, clusters, dim, wide));
+  const int64_t bytes = dim * (x_dtype == ScalarType::Float ? 4 : 2);
+  torch::stable::parallel_for(0, (rows + kShard - 1) / kShard, 1, [&](int64_t begin, int64_t end) {
+    Searcher searcher(level, codebook, x_dtype, clusters, dim);
+    const int64_t first = begin * kShard;
+    searcher.run(x + first * bytes, std::min(end * kShard, rows) - first, index + first, distance + first);
+  });
+}
+
+void search_float64(const Level& level, const double* x, const double* c, int64_t rows, int64_t clusters, int64_t dim,
+                    int64_t* index, double* distance) {
+  const int64_t groups = (clusters + 7) / 8;
+  Scratch<double> packed;
+  double* panels = packed.reserve(groups * dim * 8);
+  for (int64_t k = 0; k < groups * 8; k++) {
+    // a NaN never wins, so it serves as padding
+    for (int64_t d = 0; d < dim; d++) {
+      const double value = k < clusters ? c[k * dim + d] : std::numeric_limits<double>::quiet_NaN();
+      panels[(k / 8 * dim + d) * 8 + k % 8] = value;
+    }
+  }
+  torch::stable::parallel_for(0, (rows + 3) / 4, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; q++) {
+      const int64_t count = std::min<int64_t>(4, rows - q * 4);
+      const double* row[4];
+      double lowest[4];
+      int64_t id[4];
+      for (int64_t r = 0; r < 4; r++) row[r] = x + (q * 4 + std::min(r, count - 1)) * dim;
+      level.search_double(row, dim, panels, groups, lowest, id);
+      std::copy_n(lowest, count, distance + q * 4);
+      std::copy_n(id, count, index + q * 4);
+    }
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> nearest(const Tensor& x_any, const Tensor& centroids_any) {
+  STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor centroids = torch::stable::contiguous(centroids_any);
+  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
+  const ScalarType x_dtype = x.scalar_type(), c_dtype = centroids.scalar_type();
+  const bool wide = x_dtype == ScalarType::Double;
+  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
+  STD_TORCH_CHECK(clusters >= 1 && clusters < (int64_t{1} << 30) && dim >= 1, "wanted 1 <= K < 2^30 and D >= 1");
+  STD_TORCH_CHECK(wide == (c_dtype == ScalarType::Double), "float64 goes with float64 only");
+  dispatch(x_dtype, "x", [](auto) {});
+  dispatch(c_dtype, "centroids", [](auto) {});
+  Tensor index = torch::stable::new_empty(x, {batch, rows}, ScalarType::Long);
+  Tensor distance = torch::stable::new_empty(x, {batch, rows}, wide ? ScalarType::Double : ScalarType::Float);
+  const Level& level = current_level();
+  const char* x_data = static_cast<const char*>(x.const_data_ptr());
+  const char* c_data = static_cast<const char*>(centroids.const_data_ptr());
+  int64_t* index_data = static_cast<int64_t*>(index.mutable_data_ptr());
+  char* distance_data = static_cast<char*>(distance.mutable_data_ptr());
+  const int64_t x_bytes = rows * dim * static_cast<int64_t>(x.element_size());
+  const int64_t c_bytes = clusters * dim * static_cast<int64_t>(centroids.element_size());
+  const auto one = [&](int64_t b) {
+    if (wide) {
+      search_float64(level, reinterpret_cast<const double*>(x_data + b * x_bytes),
+                     reinterpret_cast<const double*>(c_data + b * c_bytes), rows, clusters, dim, index_data + b * rows,
+                     reinterpret_cast<double*>(distance_data) + b * rows);
+    } else {
+      search_float(level, x_data + b * x_bytes, x_dtype, c_data + b * c_bytes, c_dtype, rows, clusters, dim,
+                   index_data + b * rows, reinterpret_cast<float*>(distance_data) + b * rows);
+    }
+  };
+  if (rows == 0) return {index, distance};
+  // Many small problems run side by side, each on one thread; large ones one after the other, each on all threads.
+  if (batch > 1 && rows * clusters * dim < (int64_t{1} << 22)) {
+    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; b++) one(b);
+    });
+  } else {
+    for (int64_t b = 0; b < batch; b++) one(b);
+  }
+  return {index, distance};
+}
+
+}  // namespace centroids
+}  // namespace clusterq
+
+namespace {
+
+std::tuple<torch::stable::Tensor, torch::stable::Tensor> nearest_centroid(torch::stable::Tensor x,
+                                                                          torch::stable::Tensor centroids) {
+  return clusterq::centroids::nearest(x, centroids);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) { m.impl("nearest_centroid", TORCH_BOX(&nearest_centroid)); }

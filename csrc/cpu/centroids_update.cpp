@@ -1,0 +1,298 @@
+// The moving average of the centroids and the gradient of the distance on the CPU.
+//
+// Rows are ordered by centroid with a stable counting sort and cut into segments of at most kSegment rows of one centroid.
+// Segments are summed in parallel, in float64 and in row order, then merged in order: the result depends neither on the
+// number of threads nor on their timing.
+#include "centroids_common.h"
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace clusterq {
+namespace centroids {
+namespace {
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLUSTERQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLUSTERQ_CLONES
+#endif
+
+constexpr int64_t kSegment = 2048;
+
+struct Segment {
+  int64_t slot, begin, end;
+};
+
+// Rows of a batch by slot = batch entry * K + centroid.
+struct Grouping {
+  // row numbers, batch entry * N + n
+  std::vector<int64_t> order;
+  std::vector<Segment> segments;
+  // segments of slot s: first[s] up to first[s + 1]
+  std::vector<int64_t> first;
+};
+
+// Rows with index -1 or weight 0 belong to no group. Raises before anything is written when an index is out of range.
+Grouping group(const int64_t* index, const double* weights, int64_t batch, int64_t rows, int64_t clusters) {
+  Grouping result;
+  const int64_t slots = batch * clusters;
+  std::vector<int64_t> position(slots + 1, 0);
+  const auto used = [&](int64_t row) { return index[row] >= 0 && (weights == nullptr || weights[row] != 0); };
+  for (int64_t b = 0; b < batch; b++) {
+    for (int64_t row = b * rows; row < (b + 1) * rows; row++) {
+      STD_TORCH_CHECK(index[row] >= -1 && index[row] < clusters, "index has the value ", index[row], "; wanted -1 to ",
+                      clusters - 1);
+      if (used(row)) position[b * clusters + index[row] + 1]++;
+    }
+  }
+  result.first.assign(slots + 1, 0);
+  for (int64_t s = 0; s < slots; s++) {
+    const int64_t count = position[s + 1];
+    position[s + 1] += position[s];
+    for (int64_t begin = 0; begin < count; begin += kSegment) {
+      result.segments.push_back({s, position[s] + begin, position[s] + std::min(begin + kSegment, count)});
+    }
+    result.first[s + 1] = static_cast<int64_t>(result.segments.size());
+  }
+  result.order.resize(position[slots]);
+  for (int64_t b = 0; b < batch; b++) {
+    for (int64_t row = b * rows; row < (b + 1) * rows; row++) {
+      if (used(row)) result.order[position[b * clusters + index[row]]++] = row;
+    }
+  }
+  return result;
+}
+
+// sum[d] += weight * x[row][d] over the listed rows; weights may be null.
+template <class T>
+CLUSTERQ_INLINE void add_rows(const T* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
+                              double* sum) {
+  for (int64_t i = 0; i < count; i++) {
+    const T* row = x + order[i] * dim;
+    if (i + 4 < count) __builtin_prefetch(x + order[i + 4] * dim);
+    if (weights == nullptr) {
+      for (int64_t d = 0; d < dim; d++) sum[d] += widen(row[d]);
+    } else {
+      const double weight = weights[order[i]];
+      for (int64_t d = 0; d < dim; d++) sum[d] += weight * widen(row[d]);
+    }
+  }
+}
+
+CLUSTERQ_CLONES void add(const float* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
+                         double* __restrict sum) {
+  add_rows(x, order, count, weights, dim, sum);
+}
+CLUSTERQ_CLONES void add(const BFloat16Bits* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
+                         double* __restrict sum) {
+  add_rows(x, order, count, weights, dim, sum);
+}
+CLUSTERQ_CLONES void add(const HalfBits* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
+                         double* __restrict sum) {
+  add_rows(x, order, count, weights, dim, sum);
+}
+CLUSTERQ_CLONES void add(const double* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
+                         double* __restrict sum) {
+  add_rows(x, order, count, weights, dim, sum);
+}
+
+// Work items per thread below which starting a thread does not pay.
+int64_t grain(int64_t elements_per_item) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_item)); }
+
+// partial [segments, dim] = sums over the segments' rows, by `sum_rows(segment, target)`.
+template <class F>
+double* sum_segments(const Grouping& groups, int64_t dim, Scratch<double>& memory, const F& sum_rows) {
+  const int64_t count = static_cast<int64_t>(groups.segments.size());
+  double* partial = memory.reserve(std::max<int64_t>(1, count * dim));
+  const int64_t rows = static_cast<int64_t>(groups.order.size());
+  torch::stable::parallel_for(0, count, grain(dim * (rows / std::max<int64_t>(1, count) + 1)), [&](int64_t b, int64_t e) {
+    std::fill(partial + b * dim, partial + e * dim, 0.0);
+    for (int64_t s = b; s < e; s++) sum_rows(groups.segments[s], partial + s * dim);
+  });
+  return partial;
+}
+
+// Adds the later segments of a slot to its first one and returns that; null for a slot without rows.
+double* merge(const Grouping& groups, int64_t slot, int64_t dim, double* partial) {
+  const int64_t first = groups.first[slot], last = groups.first[slot + 1];
+  if (first == last) return nullptr;
+  double* total = partial + first * dim;
+  for (int64_t s = first + 1; s < last; s++) {
+    for (int64_t d = 0; d < dim; d++) total[d] += partial[s * dim + d];
+  }
+  return total;
+}
+
+std::vector<double> weights_of(const std::optional<Tensor>& weights, int64_t count) {
+  std::vector<double> values;
+  if (!weights.has_value()) return values;
+  const Tensor dense = torch::stable::contiguous(*weights);
+  check_numel(dense, count, "weights");
+  values.resize(count);
+  dispatch(dense.scalar_type(), "weights", [&](auto tag) {
+    const auto* source = static_cast<const decltype(tag)*>(dense.const_data_ptr());
+    for (int64_t n = 0; n < count; n++) values[n] = widen(source[n]);
+  });
+  return values;
+}
+
+void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const Tensor& index_any,
+            const std::optional<Tensor>& weights_any, double decay, const std::string& mode) {
+  STD_TORCH_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
+  STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  const bool codebook = mode == "codebook";
+  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor index = torch::stable::contiguous(index_any);
+  Tensor centroids = torch::stable::contiguous(centroids_any);
+  Tensor size = torch::stable::contiguous(size_any);
+  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
+  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
+  check_dtype(index, ScalarType::Long, "index");
+  check_numel(index, batch * rows, "index");
+  check_dtype(size, ScalarType::Float, "cluster_size");
+  check_numel(size, batch * clusters, "cluster_size");
+  const std::vector<double> weights = weights_of(weights_any, batch * rows);
+  const double* weight = weights.empty() ? nullptr : weights.data();
+  const Grouping groups = group(static_cast<const int64_t*>(index.const_data_ptr()), weight, batch, rows, clusters);
+
+  Scratch<double> memory;
+  double* partial = nullptr;
+  dispatch(x.scalar_type(), "x", [&](auto tag) {
+    const auto* values = static_cast<const decltype(tag)*>(x.const_data_ptr());
+    partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
+      add(values, groups.order.data() + segment.begin, segment.end - segment.begin, weight, dim, sum);
+    });
+  });
+  float* sizes = static_cast<float*>(size.mutable_data_ptr());
+  dispatch(centroids.scalar_type(), "centroids", [&](auto tag) {
+    using T = decltype(tag);
+    T* values = static_cast<T*>(centroids.mutable_data_ptr());
+    torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; slot++) {
+        const double* total = merge(groups, slot, dim, partial);
+        double count = 0;
+        for (int64_t s = groups.first[slot]; s < groups.first[slot + 1]; s++) {
+          const Segment& segment = groups.segments[s];
+          if (weight == nullptr) {
+            count += static_cast<double>(segment.end - segment.begin);
+          } else {
+            for (int64_t i = segment.begin; i < segment.end; i++) count += weight[groups.order[i]];
+          }
+        }
+        const double old_size = sizes[slot];
+        const double new_size = decay * old_size + (1 - decay) * count;
+        store(sizes + slot, new_size);
+        if (total == nullptr || count == 0 || (codebook && new_size == 0)) continue;
+        T* target = values + slot * dim;
+        for (int64_t d = 0; d < dim; d++) {
+          const double old = widen(target[d]);
+          store(target + d, codebook ? (decay * old_size * old + (1 - decay) * total[d]) / new_size
+                                     : decay * old + (1 - decay) * (total[d] / count));
+        }
+      }
+    });
+  });
+  if (!centroids_any.is_contiguous()) torch::stable::copy_(centroids_any, centroids);
+  if (!size_any.is_contiguous()) torch::stable::copy_(size_any, size);
+}
+
+// flow = 2 g (x - c): the gradient of the row, and minus its share of the centroid's.
+template <class X, class C, class G>
+void backward_rows(const X* x, const C* centroid, const G* grad, const int64_t* order, int64_t count, int64_t dim,
+                   X* __restrict grad_x, double* __restrict sum) {
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t row = order[i];
+    const double slope = 2.0 * grad[row];
+    for (int64_t d = 0; d < dim; d++) {
+      const double flow = slope * (static_cast<double>(widen(x[row * dim + d])) - static_cast<double>(widen(centroid[d])));
+      store(grad_x + row * dim + d, flow);
+      sum[d] += flow;
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& centroids_any,
+                                    const Tensor& index_any) {
+  const Tensor grad = torch::stable::contiguous(grad_any);
+  const Tensor x = torch::stable::contiguous(x_any);
+  const Tensor centroids = torch::stable::contiguous(centroids_any);
+  const Tensor index = torch::stable::contiguous(index_any);
+  STD_TORCH_CHECK(x.dim() == 3 && centroids.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
+  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
+  const bool wide = x.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(wide == (centroids.scalar_type() == ScalarType::Double), "float64 goes with float64 only");
+  check_dtype(index, ScalarType::Long, "index");
+  check_numel(index, batch * rows, "index");
+  check_dtype(grad, wide ? ScalarType::Double : ScalarType::Float, "grad");
+  check_numel(grad, batch * rows, "grad");
+  const int64_t* labels = static_cast<const int64_t*>(index.const_data_ptr());
+  const Grouping groups = group(labels, nullptr, batch, rows, clusters);
+  Tensor grad_x = torch::stable::new_empty(x, {batch, rows, dim});
+  Tensor grad_centroids = torch::stable::new_empty(centroids, {batch, clusters, dim});
+  Scratch<double> memory;
+  double* partial = nullptr;
+
+  const auto run = [&](auto x_tag, auto c_tag, auto g_tag) {
+    using X = decltype(x_tag);
+    using C = decltype(c_tag);
+    using G = decltype(g_tag);
+    const X* points = static_cast<const X*>(x.const_data_ptr());
+    const C* means = static_cast<const C*>(centroids.const_data_ptr());
+    const G* slopes = static_cast<const G*>(grad.const_data_ptr());
+    X* out = static_cast<X*>(grad_x.mutable_data_ptr());
+    for (int64_t row = 0; row < batch * rows; row++) {
+      if (labels[row] < 0) std::memset(static_cast<void*>(out + row * dim), 0, sizeof(X) * dim);
+    }
+    partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
+      backward_rows(points, means + segment.slot * dim, slopes, groups.order.data() + segment.begin,
+                    segment.end - segment.begin, dim, out, sum);
+    });
+    C* out_centroids = static_cast<C*>(grad_centroids.mutable_data_ptr());
+    torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; slot++) {
+        const double* total = merge(groups, slot, dim, partial);
+        for (int64_t d = 0; d < dim; d++) store(out_centroids + slot * dim + d, total == nullptr ? 0.0 : -total[d]);
+      }
+    });
+  };
+  if (wide) {
+    run(double{}, double{}, double{});
+  } else {
+    dispatch(x.scalar_type(), "x", [&](auto x_tag) {
+      dispatch(centroids.scalar_type(), "centroids", [&](auto c_tag) {
+        if constexpr (sizeof(x_tag) != sizeof(double) && sizeof(c_tag) != sizeof(double)) run(x_tag, c_tag, float{});
+      });
+    });
+  }
+  return {grad_x, grad_centroids};
+}
+
+std::tuple<Tensor, Tensor> nearest_centroid_backward(Tensor grad, Tensor x, Tensor centroids, Tensor index) {
+  return backward(grad, x, centroids, index);
+}
+
+void update_centroids_(Tensor centroids, Tensor cluster_size, Tensor x, Tensor index, std::optional<Tensor> weights,
+                       double decay, std::string mode) {
+  update(centroids, cluster_size, x, index, weights, decay, mode);
+}
+
+std::tuple<Tensor, Tensor> assign_and_update_(Tensor centroids, Tensor cluster_size, Tensor x,
+                                              std::optional<Tensor> weights, double decay, std::string mode) {
+  auto [index, distance] = nearest(x, centroids);
+  update(centroids, cluster_size, x, index, weights, decay, mode);
+  return {index, distance};
+}
+
+}  // namespace
+}  // namespace centroids
+}  // namespace clusterq
+
+STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) {
+  m.impl("nearest_centroid_backward", TORCH_BOX(&clusterq::centroids::nearest_centroid_backward));
+  m.impl("update_centroids_", TORCH_BOX(&clusterq::centroids::update_centroids_));
+  m.impl("assign_and_update_", TORCH_BOX(&clusterq::centroids::assign_and_update_));
+}

@@ -1,0 +1,139 @@
+// Elementwise fake-quantize kernels: forward, masked backward, quantize, dequantize. Formulas: numerics.h.
+#include "fake_quant.h"
+
+namespace clusterq {
+namespace {
+
+template <typename T, typename A, typename G>
+CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, G grids, Activation<A> activation) {
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = store<T>(fake_quantize(clamp(load<A>(x[i]), activation.low, activation.high), grids.at(i)));
+}
+
+template <typename T, typename A, typename G>
+CLUSTERQ_CLONES void backward_run(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, int64_t n,
+                                  G grids, Activation<A> activation) {
+  for (int64_t i = 0; i < n; ++i) grad_x[i] = passes(load<A>(x[i]), grids.at(i), activation) ? grad[i] : T{};
+}
+
+template <typename T, typename A, typename Q, typename G>
+CLUSTERQ_CLONES void quantize_run(const T* __restrict x, Q* __restrict codes, int64_t n, G grids) {
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<Q>(static_cast<int32_t>(quantize(load<A>(x[i]), grids.at(i))));
+}
+
+template <typename Q, typename T, typename A, typename G>
+CLUSTERQ_CLONES void dequantize_run(const Q* __restrict codes, T* __restrict y, int64_t n, G grids) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Grid<A> grid = grids.at(i);
+    y[i] = store<T>((static_cast<A>(static_cast<int32_t>(codes[i])) - grid.zero_point) * grid.scale);
+  }
+}
+
+Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
+  const Tensor x = dense(input), grad = with_strides_of(grad_output, x);
+  Tensor grad_x = torch::stable::empty_like(x);
+  const Walk walk(x, axis);
+  for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
+    using T = decltype(element);
+    using A = decltype(arithmetic);
+    const auto grids = Grids<A>::of(scale, zero_point, walk, quant_min, quant_max);
+    const auto bounds = activation_of<A>(activation);
+    const auto* from = static_cast<const T*>(x.const_data_ptr());
+    const auto* above = static_cast<const T*>(grad.const_data_ptr());
+    auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
+    elementwise(walk, grids,
+                [&](int64_t i, int64_t n, auto g) { backward_run<T, A>(above + i, from + i, to + i, n, g, bounds); });
+  });
+  return grad_x;
+}
+
+template <typename F>
+void for_codes(ScalarType dtype, const F& body) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return body(uint8_t{});
+    case ScalarType::Char:
+      return body(int8_t{});
+    case ScalarType::Short:
+      return body(int16_t{});
+    case ScalarType::Int:
+      return body(int32_t{});
+    default:
+      STD_TORCH_CHECK(false, "codes must be uint8, int8, int16 or int32");
+  }
+}
+
+ScalarType code_dtype(int64_t quant_min, int64_t quant_max) {
+  if (quant_min >= 0 && quant_max <= 255) return ScalarType::Byte;
+  if (quant_min >= -128 && quant_max <= 127) return ScalarType::Char;
+  if (quant_min >= -32768 && quant_max <= 32767) return ScalarType::Short;
+  return ScalarType::Int;
+}
+
+Tensor quantize_codes(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                      int64_t quant_max, std::optional<int64_t> axis) {
+  const Tensor x = dense(input);
+  const ScalarType dtype = code_dtype(quant_min, quant_max);
+  Tensor codes = like(x, dtype);
+  const Walk walk(x, axis);
+  for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
+    using T = decltype(element);
+    using A = decltype(arithmetic);
+    const auto grids = Grids<A>::of(scale, zero_point, walk, quant_min, quant_max);
+    const auto* from = static_cast<const T*>(x.const_data_ptr());
+    for_codes(dtype, [&](auto code) {
+      using Q = decltype(code);
+      auto* to = static_cast<Q*>(codes.mutable_data_ptr());
+      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { quantize_run<T, A, Q>(from + i, to + i, n, g); });
+    });
+  });
+  return codes;
+}
+
+Tensor dequantize_codes(const Tensor& input, const Tensor& scale, const Tensor& zero_point, std::optional<int64_t> axis,
+                        ScalarType dtype) {
+  const Tensor codes = dense(input);
+  Tensor y = like(codes, dtype);
+  const Walk walk(codes, axis);
+  for_floating(dtype, "dtype", [&](auto element, auto arithmetic) {
+    using T = decltype(element);
+    using A = decltype(arithmetic);
+    const auto grids = Grids<A>::of(scale, zero_point, walk, 0, 0);
+    auto* to = static_cast<T*>(y.mutable_data_ptr());
+    for_codes(codes.scalar_type(), [&](auto code) {
+      using Q = decltype(code);
+      const auto* from = static_cast<const Q*>(codes.const_data_ptr());
+      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { dequantize_run<Q, T, A>(from + i, to + i, n, g); });
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                             int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
+  const Tensor x = dense(input);
+  Tensor y = torch::stable::empty_like(x);
+  const Walk walk(x, axis);
+  for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
+    using T = decltype(element);
+    using A = decltype(arithmetic);
+    const auto grids = Grids<A>::of(scale, zero_point, walk, quant_min, quant_max);
+    const auto bounds = activation_of<A>(activation);
+    const auto* from = static_cast<const T*>(x.const_data_ptr());
+    auto* to = static_cast<T*>(y.mutable_data_ptr());
+    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { forward_run<T, A>(from + i, to + i, n, g, bounds); });
+  });
+  return y;
+}
+
+}  // namespace clusterq
+
+STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&clusterq::fake_quantize_forward));
+  m.impl("fake_quantize_backward", TORCH_BOX(&clusterq::backward));
+  m.impl("quantize", TORCH_BOX(&clusterq::quantize_codes));
+  m.impl("dequantize", TORCH_BOX(&clusterq::dequantize_codes));
+}

@@ -1,0 +1,311 @@
+// What the fake-quantize kernels share: 16-bit conversions in registers, the walk over dense memory, parameters per
+// element.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+#include "numerics.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define CLUSTERQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLUSTERQ_CLONES
+#endif
+
+// Templates live in an unnamed namespace: cloned code must never be merged across files by the linker.
+namespace clusterq {
+
+Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                             int64_t quant_max, std::optional<int64_t> axis, std::string activation);
+
+namespace {
+
+using torch::stable::parallel_for;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+CLUSTERQ_INLINE float as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+CLUSTERQ_INLINE uint32_t as_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <typename A, typename T>
+CLUSTERQ_INLINE A load(T v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return as_float(uint32_t(v.bits) << 16);
+  } else if constexpr (std::is_same_v<T, Half>) {
+    // Exponents are rebiased by 112; subnormals become normal by subtracting 2^-14 as a float.
+    const uint32_t shifted = uint32_t(v.bits & 0x7fff) << 13, exponent = shifted & 0x0f800000;
+    uint32_t bits = shifted + 0x38000000;
+    bits = exponent == 0x0f800000 ? bits + 0x38000000 : bits;
+    const uint32_t subnormal = as_bits(as_float(bits + 0x00800000) - as_float(0x38800000));
+    bits = exponent == 0 ? subnormal : bits;
+    return as_float(bits | uint32_t(v.bits & 0x8000) << 16);
+  } else {
+    return static_cast<A>(v);
+  }
+}
+
+// Rounds to nearest even, as torch does.
+template <typename T, typename A>
+CLUSTERQ_INLINE T store(A v) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const uint32_t bits = as_bits(v);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(v == v ? rounded : 0x7fc0)};
+  } else if constexpr (std::is_same_v<T, Half>) {
+    const uint32_t bits = as_bits(v), sign = bits & 0x80000000, magnitude = bits ^ sign;
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 0.5 leaves the subnormal's digits, rounded, at the bottom of the mantissa.
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
+    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
+    half = magnitude >= 0x47800000 ? 0x7c00 : half;
+    half = magnitude > 0x7f800000 ? 0x7e00 : half;
+    return {static_cast<uint16_t>(half | sign >> 16)};
+  } else {
+    return static_cast<T>(v);
+  }
+}
+
+// Calls `body` with a value of the element type and one of the arithmetic type.
+template <typename F>
+void for_floating(ScalarType dtype, const char* name, const F& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{}, float{});
+    case ScalarType::Double:
+      return body(double{}, double{});
+    case ScalarType::BFloat16:
+      return body(BFloat16{}, float{});
+    case ScalarType::Half:
+      return body(Half{}, float{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <typename A>
+Activation<A> activation_of(const std::string& name) {
+  constexpr A inf = std::numeric_limits<A>::infinity();
+  if (name == "none") return {-inf, inf};
+  if (name == "relu") return {A(0), inf};
+  STD_TORCH_CHECK(name == "relu6", "activation must be none, relu or relu6");
+  return {A(0), A(6)};
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// `empty_like` keeps the strides of a tensor exactly when it fills its memory without gaps.
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() || same_strides(torch::stable::empty_like(x), x) ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
+                  "grad must match x in shape and dtype");
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad must match x in shape and dtype");
+  if (same_strides(grad, x)) return grad;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, grad);
+  return copy;
+}
+
+// The wrapped `empty_like` takes no dtype.
+inline Tensor like(const Tensor& x, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{
+      from(x),           from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Dense memory seen as [outer, channels, inner]; [1, 1, numel] without a channel axis.
+struct Walk {
+  int64_t outer = 1, channels = 1, inner = 1;
+  // Tasks of fixed extent, so that sums do not depend on the number of threads.
+  static constexpr int64_t kBlock = 16384;
+  // Below this an inner run is too short for one scalar grid: parameters are laid out per element instead.
+  static constexpr int64_t kShortRun = 32;
+
+  Walk(const Tensor& x, std::optional<int64_t> axis) {
+    if (axis.has_value()) {
+      STD_TORCH_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
+      const int64_t a = *axis < 0 ? *axis + x.dim() : *axis;
+      channels = x.size(a);
+      // A channel axis of length 1 may carry any stride.
+      inner = channels == 1 ? x.numel() : x.numel() == 0 ? 0 : x.stride(a);
+    } else {
+      inner = x.numel();
+    }
+    outer = x.numel() == 0 ? 0 : x.numel() / (channels * inner);
+  }
+
+  int64_t numel() const { return outer * channels * inner; }
+  bool patterned() const { return channels > 1 && outer > 1 && inner < kShortRun; }
+  int64_t blocks_per_run() const { return ceil_div(inner, kBlock); }
+};
+
+// Calls `body(first, length, channel, task)` for every block of every run with one channel; tasks are numbered in
+// memory order: run * blocks_per_run() + block.
+template <typename F>
+void for_runs(const Walk& walk, const F& body) {
+  const int64_t blocks = walk.blocks_per_run(), length = std::min(walk.inner, Walk::kBlock);
+  if (walk.numel() == 0) return;
+  parallel_for(0, walk.outer * walk.channels * blocks, ceil_div(2 * Walk::kBlock, length),
+               [&](int64_t begin, int64_t end) {
+                 int64_t run = begin / blocks, block = begin % blocks, channel = run % walk.channels;
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t start = block * Walk::kBlock;
+                   body(run * walk.inner + start, std::min(Walk::kBlock, walk.inner - start), channel, task);
+                   if (++block == blocks) {
+                     block = 0;
+                     ++run;
+                     if (++channel == walk.channels) channel = 0;
+                   }
+                 }
+               });
+}
+
+// Rows of channels * inner elements, repeated until a row is long enough to be worth a vector loop. `shards` splits the
+// rows into fixed groups with their own accumulators, columns are split into blocks.
+struct Pattern {
+  int64_t row, rows, columns, shards, rows_per_shard;
+  explicit Pattern(const Walk& walk) {
+    const int64_t once = walk.channels * walk.inner;
+    row = once * std::min(std::max<int64_t>(1, 512 / once), walk.outer);
+    rows = ceil_div(walk.numel(), row);
+    columns = ceil_div(row, Walk::kBlock);
+    // At most 64 shards, fewer where their accumulators would outgrow the cache.
+    const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 17) / row, 1, 64);
+    rows_per_shard = ceil_div(rows, std::min(rows, wanted));
+    shards = ceil_div(rows, rows_per_shard);
+  }
+};
+
+// Calls `body(first, length, column, shard)` for every row and column block; all rows of a (shard, column) in order, on
+// one thread.
+template <typename F>
+void for_pattern(const Walk& walk, const Pattern& pattern, const F& body) {
+  const int64_t total = walk.numel();
+  parallel_for(0, pattern.shards * pattern.columns, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t shard = task / pattern.columns, column = task % pattern.columns * Walk::kBlock;
+      const int64_t last = std::min(pattern.rows, (shard + 1) * pattern.rows_per_shard);
+      for (int64_t row = shard * pattern.rows_per_shard; row < last; ++row) {
+        const int64_t first = row * pattern.row + column;
+        const int64_t length = std::min({Walk::kBlock, pattern.row - column, total - first});
+        if (length > 0) body(first, length, column, shard);
+      }
+    }
+  });
+}
+
+// Grids of all channels, and the two ways a vector loop sees them: one for the run, or one per element of the row.
+template <typename A>
+struct OneGrid {
+  Grid<A> grid;
+  CLUSTERQ_INLINE Grid<A> at(int64_t) const { return grid; }
+};
+
+template <typename A>
+struct GridRow {
+  const A *scale, *inverse, *zero_point;
+  A quant_min, quant_max;
+  CLUSTERQ_INLINE Grid<A> at(int64_t i) const { return {scale[i], inverse[i], zero_point[i], quant_min, quant_max}; }
+};
+
+template <typename A>
+struct Grids {
+  std::vector<A> scale, inverse, zero_point;
+  A quant_min, quant_max;
+  int64_t channels;
+
+  Grids(const A* scales, const A* zero_points, int64_t count, int64_t low, int64_t high)
+      : scale(scales, scales + count),
+        inverse(count),
+        zero_point(zero_points, zero_points + count),
+        quant_min(static_cast<A>(low)),
+        quant_max(static_cast<A>(high)),
+        channels(count) {
+    for (int64_t c = 0; c < count; ++c) inverse[c] = A(1) / scale[c];
+  }
+
+  static Grids of(const Tensor& scale, const Tensor& zero_point, const Walk& walk, int64_t low, int64_t high) {
+    constexpr ScalarType dtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+    check_dtype(scale, dtype, "scale");
+    check_dtype(zero_point, dtype, "zero_point");
+    check_numel(scale, walk.channels, "scale");
+    check_numel(zero_point, walk.channels, "zero_point");
+    const Tensor s = torch::stable::contiguous(scale), z = torch::stable::contiguous(zero_point);
+    return Grids(static_cast<const A*>(s.const_data_ptr()), static_cast<const A*>(z.const_data_ptr()), walk.channels,
+                 low, high);
+  }
+
+  OneGrid<A> one(int64_t c) const { return {{scale[c], inverse[c], zero_point[c], quant_min, quant_max}}; }
+
+  // Lays the parameters out as one row of the pattern.
+  Grids expanded(const Walk& walk, const Pattern& pattern) const {
+    Grids wide = *this;
+    for (auto* list : {&wide.scale, &wide.inverse, &wide.zero_point}) {
+      const std::vector<A> narrow = *list;
+      list->resize(pattern.row);
+      A* out = list->data();
+      for (int64_t repeat = 0; repeat < pattern.row; repeat += walk.channels * walk.inner)
+        for (int64_t c = 0; c < walk.channels; ++c, out += walk.inner) std::fill(out, out + walk.inner, narrow[c]);
+    }
+    return wide;
+  }
+
+  GridRow<A> row(int64_t column) const {
+    return {scale.data() + column, inverse.data() + column, zero_point.data() + column, quant_min, quant_max};
+  }
+};
+
+// Runs an elementwise `body(first, length, grids)` over all of x with the fitting kind of parameters.
+template <typename A, typename F>
+void elementwise(const Walk& walk, const Grids<A>& grids, const F& body) {
+  if (walk.numel() == 0) return;
+  if (!walk.patterned()) {
+    for_runs(walk, [&](int64_t first, int64_t n, int64_t channel, int64_t) { body(first, n, grids.one(channel)); });
+    return;
+  }
+  const Pattern pattern(walk);
+  const Grids<A> wide = grids.expanded(walk, pattern);
+  for_pattern(walk, pattern,
+              [&](int64_t first, int64_t n, int64_t column, int64_t) { body(first, n, wide.row(column)); });
+}
+
+}  // namespace
+}  // namespace clusterq
