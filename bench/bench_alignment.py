@@ -9,8 +9,8 @@ alone; the others add BN alignment, class alignment and diversity enhancement wi
 - `hooks`: forward hooks that keep the BatchNorm inputs, mean and variance by torch, one-hot products per layer.
 - `loops`: the published arrangement: hooks, batch statistics, a Python loop over samples and layers.
 
-The variants take turns within one process; the figure is the median, and the ratio to `plain` the median of the ratios
-within each round.
+The variants take turns within one process; a figure is the median over the rounds, a ratio that of the medians. On a
+machine that does other work a figure of 2 threads is the wait for the slower one: compare with `--threads 1`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import argparse
 import copy
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from clusterq.config import SynthesisConfig
 from clusterq.networks import resnet20
 from clusterq.synthesis import SynthesisObjective, Teacher, semantic_start
+from clusterq.testing import interleave
 
 CLASSES = 10
 CONFIG = SynthesisConfig(
@@ -162,23 +161,31 @@ def build_steps(batch: int) -> tuple[dict[str, Step], Tensor, Tensor]:
     return steps, images, labels
 
 
-def measure(batch: int, repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Median milliseconds and ratio to `plain` of every variant."""
+def check(network: nn.Module, images: Tensor) -> None:
+    """The fused statistics and the hooked ones must give the same BN alignment before anything is timed."""
+    hooked = Hooked(network)
+    hooked.forward(images.detach())
+    objective = SynthesisObjective(Teacher(network, (3, 32, 32)), CONFIG, seed=0)
+    ours = objective(images.detach(), torch.zeros(len(images), dtype=torch.int64)).terms["bns"]
+    torch.testing.assert_close(ours, hooked.bns(), rtol=1e-3, atol=1e-3)
+
+
+def measure(batch: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of every variant and its ratio to `plain`."""
     steps, images, labels = build_steps(batch)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(warmup + repeats):
-        for name, step in steps.items():
+    check(build_network(), images)
+
+    def call(step: Step) -> Callable[[], None]:
+        def run() -> None:
             images.grad = None
-            start = time.perf_counter()
             step(images, labels)
-            if round_ >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+
+        return run
+
+    timings = interleave({name: call(step) for name, step in steps.items()}, rounds=repeats, warmup=2)
     return {
-        name: {
-            "ms": statistics.median(values),
-            "ratio": statistics.median(a / b for a, b in zip(values, times["plain"], strict=True)),
-        }
-        for name, values in times.items()
+        name: {"ms": 1e3 * timing.median, "ratio": timing.median / timings["plain"].median}
+        for name, timing in timings.items()
     }
 
 

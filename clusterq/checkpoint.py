@@ -110,7 +110,8 @@ def write_checkpoint(
     state = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     safetensors = require("safetensors.torch", purpose="saving a network")
     # Bytes written by Python: a full disk is then an OSError like everywhere else.
-    (folder / TENSORS).write_bytes(safetensors.save(state, {"format": FORMAT, "format_version": str(FORMAT_VERSION)}))
+    # One entry of metadata: several would be written in random order, and the same network shall give the same bytes.
+    (folder / TENSORS).write_bytes(safetensors.save(state, {"format": f"{FORMAT} {FORMAT_VERSION}"}))
     record = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,

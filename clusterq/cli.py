@@ -148,7 +148,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--bits",
         nargs="+",
         metavar="WxAy",
-        help="widths of weights and activations in bits (default: W4A4, the demo W4A4 W3A3); several share one synthesis",
+        help="bits of weights and activations (default: W4A4, the demo W4A4 W3A3); several share one synthesis",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="change single settings"

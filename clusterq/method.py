@@ -10,9 +10,10 @@ Images depend on the network alone, never on the student, so they are made once 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,9 @@ from clusterq import qat
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.config import preset as named_preset
 from clusterq.errors import ModelError
+from clusterq.progress import ConsoleProgress
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
+from clusterq.synthesis.stored import OnStep
 
 ImageSource = BankSource | GeneratorSource | StoredImages
 PhaseProgress = Callable[[str, int, int], None]
@@ -169,7 +172,10 @@ class ClusterQ:
         with self._phase("calibration"):
             model = copy.deepcopy(self.model).to(self.teacher.device)
             student = qat.prepare(model, quantization, example_input=example)
-            images = source.sample(count).images() if isinstance(source, GeneratorSource) else source.images()
+            if isinstance(source, GeneratorSource) and source.stream:
+                images = source.sample(count).images()
+            else:
+                images = source.images()
             qat.calibrate(student, images[:count].detach(), quantization)
         return student.eval()
 
@@ -226,35 +232,17 @@ class ClusterQ:
         return 0
 
     @contextmanager
-    def _phase(self, phase: str) -> Iterator[tuple[Callable[[int, int], None] | None, Any]]:
+    def _phase(self, phase: str) -> Iterator[tuple[Callable[[int, int], None] | None, OnStep | None]]:
         """Times a phase and gives its (progress, on_step) callbacks."""
-        report = self._on_step
-        on_step = None if report is None else lambda step, terms: report(phase, step, terms)
-        bar: Any = None
-        progress: Callable[[int, int], None] | None = None
-        if self._progress is True:
-            from tqdm import tqdm
-
-            bar = tqdm(desc=phase, unit="step", dynamic_ncols=True, disable=phase == "calibration")
-
-            def advance(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            progress = advance
-        elif callable(self._progress):
-            call = self._progress
-
-            def forward(done: int, total: int) -> None:
-                call(phase, done, total)
-
-            progress = forward
         start = time.perf_counter()
-        try:
-            yield progress, on_step
-        finally:
-            if bar is not None:
-                bar.close()
+        on_step = None if self._on_step is None else functools.partial(self._on_step, phase)
+        with ExitStack() as stack:
+            report: PhaseProgress | None = None
+            if self._progress is True:
+                report = stack.enter_context(ConsoleProgress())
+            elif callable(self._progress):
+                report = self._progress
+            yield None if report is None else functools.partial(report, phase), on_step
         if self.teacher.device.type == "cuda":
             torch.cuda.synchronize(self.teacher.device)
         self.seconds[phase] = time.perf_counter() - start

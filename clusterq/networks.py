@@ -80,12 +80,13 @@ class DigitsConvNet(nn.Module):
     numbers are merely rounded to 4 or 3 bits.
 
     Args:
-        widths: output channels of the stem and of each block; a change of width also halves height and width.
+        widths: output channels of the stem and of each block. The stem halves height and width, and so does each block
+            that changes the number of channels.
     """
 
-    def __init__(self, widths: tuple[int, ...] = (16,) * 3 + (32,) * 4 + (64,) * 5, num_classes: int = 10) -> None:
+    def __init__(self, widths: tuple[int, ...] = (16, 16, 32, 32, 64, 64), num_classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 1, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU())
         self.blocks = nn.Sequential(*(self._block(i, o) for i, o in itertools.pairwise(widths)))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.flatten = nn.Flatten(1)

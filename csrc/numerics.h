@@ -55,6 +55,26 @@ CLUSTERQ_INLINE A fake_quantize(A v, const Grid<A>& grid) {
   return (code - grid.zero_point) * grid.scale;
 }
 
+// The same value with codes counted from the zero point and the activation folded into their bounds: both clamps are
+// monotone, all whole numbers here are exact, so the bits are those of `fake_quantize` after the activation.
+template <typename A>
+struct Steps {
+  A scale, inverse, low, high;
+};
+
+template <typename A>
+CLUSTERQ_INLINE Steps<A> to_steps(const Grid<A>& grid, const Activation<A>& activation) {
+  const A low = grid.quant_min - grid.zero_point, high = grid.quant_max - grid.zero_point;
+  return {grid.scale, grid.inverse, clamp(round_even(activation.low * grid.inverse), low, high),
+          clamp(round_even(activation.high * grid.inverse), low, high)};
+}
+
+template <typename A>
+CLUSTERQ_INLINE A fake_quantize(A x, const Steps<A>& steps) {
+  // Adding 0 turns -0 into +0.
+  return (clamp(round_even(x * steps.inverse), steps.low, steps.high) + A(0)) * steps.scale;
+}
+
 // The code itself; a NaN gets the code of 0.0.
 template <typename A>
 CLUSTERQ_INLINE A quantize(A v, const Grid<A>& grid) {
@@ -62,32 +82,35 @@ CLUSTERQ_INLINE A quantize(A v, const Grid<A>& grid) {
   return clamp(q == q ? q : grid.zero_point, grid.quant_min, grid.quant_max);
 }
 
-// Whether the gradient of y reaches x, the input before its activation.
+// Gradient with respect to x, the input before its activation: grad or 0. Selects of values, one after the other: with
+// masks combined as bools GCC 12 does not vectorise the loop.
 template <typename A>
-CLUSTERQ_INLINE bool passes(A x, const Grid<A>& grid, const Activation<A>& activation) {
+CLUSTERQ_INLINE A masked_gradient(A x, A grad, const Grid<A>& grid, const Activation<A>& activation) {
   const A q = shifted(clamp(x, activation.low, activation.high) * grid.inverse, grid);
-  return (q >= grid.quant_min) & (q <= grid.quant_max) & (x > activation.low) & (x < activation.high);
+  A inside = q >= grid.quant_min ? grad : A(0);
+  inside = q <= grid.quant_max ? inside : A(0);
+  inside = x > activation.low ? inside : A(0);
+  return x < activation.high ? inside : A(0);
 }
 
-// What one element adds to the gradients of the learned parameters, per unit of grad:
-// dS += grad * slope, dZ -= grad * scale where outside. Both nothing for a NaN.
+// What one element contributes: dX = x, dS += grad * slope, dZ -= outside * scale; all of them 0 for a NaN.
 template <typename A>
 struct LearnedTerm {
-  A slope;
-  bool passes, outside;
+  A x, grad, slope, outside;
 };
 
 template <typename A>
-CLUSTERQ_INLINE LearnedTerm<A> learned_term(A x, const Grid<A>& grid, const Activation<A>& activation) {
+CLUSTERQ_INLINE LearnedTerm<A> learned_term(A x, A grad, const Grid<A>& grid, const Activation<A>& activation) {
   const A ratio = clamp(x, activation.low, activation.high) * grid.inverse;
   const A rounded = round_even(ratio);
-  const A q = rounded + grid.zero_point;
-  const bool below = q<grid.quant_min, above = q> grid.quant_max;
-  const bool inside = (q >= grid.quant_min) & (q <= grid.quant_max);
-  A slope = inside ? rounded - ratio : A(0);
-  slope = below ? grid.quant_min - grid.zero_point : slope;
-  slope = above ? grid.quant_max - grid.zero_point : slope;
-  return {slope, bool(inside & (x > activation.low) & (x < activation.high)), bool(below | above)};
+  const A bounded = clamp(rounded, grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point);
+  const A known = rounded == rounded ? grad : A(0);
+  const A slope = bounded - (rounded == bounded ? ratio : A(0));
+  const A outside = rounded != bounded ? known : A(0);
+  A inside = rounded == bounded ? grad : A(0);
+  inside = x > activation.low ? inside : A(0);
+  inside = x < activation.high ? inside : A(0);
+  return {inside, known, rounded == rounded ? slope : A(0), outside};
 }
 
 // Scale and zero point of the range [low, high], extended to contain 0; low > high: nothing finite was seen.

@@ -291,12 +291,14 @@ def learned_finish_kernel(
     sum_scale = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     sum_zero = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     second = splits.to(tl.int64) * channels
-    for start in range(0, splits, BLOCK_S):
+    start = 0
+    while start < splits:
         split = start + tl.arange(0, BLOCK_S)
         at = partial_ptr + split.to(tl.int64)[:, None] * channels + channel[None, :]
         mask = (split < splits)[:, None] & (channel < channels)[None, :]
         sum_scale += tl.load(at, mask=mask, other=0.0)
         sum_zero += tl.load(at + second, mask=mask, other=0.0)
+        start += BLOCK_S
     mask = channel < channels
     scale = tl.load(scale_ptr + channel, mask=mask, other=0.0).to(tl.float64)
     real: tl.constexpr = dscale_ptr.dtype.element_ty

@@ -75,11 +75,13 @@ def weight_kernel(
         w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(real)
         lowest, highest = finite_range(w, mask, 0)
     else:
-        for tile in range(tiles):
+        tile = 0
+        while tile < tiles:
             at, inside = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
             low, high = finite_range(tl.load(w_ptr + at, mask=inside, other=0.0).to(real), inside, 0)
             lowest = tl.minimum(lowest, low)
             highest = tl.maximum(highest, high)
+            tile += 1
     lowest = tl.min(lowest, 0)
     highest = tl.max(highest, 0)
     if not LAST:
@@ -102,11 +104,13 @@ def weight_kernel(
         value = quantized(w, w, scale, inverse, zero, least, most, FORWARD, 0)
         tl.store(y_ptr + offs, cast(value, y_ptr.dtype.element_ty), mask=mask)
     else:
-        for tile in range(tiles):
+        tile = 0
+        while tile < tiles:
             at, inside = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
             x = tl.load(w_ptr + at, mask=inside, other=0.0).to(real)
             value = quantized(x, x, scale, inverse, zero, least, most, FORWARD, 0)
             tl.store(y_ptr + at, cast(value, y_ptr.dtype.element_ty), mask=inside)
+            tile += 1
 
 
 @triton.jit
@@ -185,12 +189,14 @@ def range_finish_kernel(
         lowest = tl.full([BLOCK_S, BLOCK_C], float("inf"), real)
         highest = tl.full([BLOCK_S, BLOCK_C], -float("inf"), real)
         second = splits.to(tl.int64) * channels
-        for start in range(0, splits, BLOCK_S):
+        start = 0
+        while start < splits:
             split = start + tl.arange(0, BLOCK_S)
             at = partial_ptr + split.to(tl.int64)[:, None] * channels + channel[None, :]
             mask = (split < splits)[:, None] & valid[None, :]
             lowest = tl.minimum(lowest, tl.load(at, mask=mask, other=float("inf")))
             highest = tl.maximum(highest, tl.load(at + second, mask=mask, other=-float("inf")))
+            start += BLOCK_S
         now_low = tl.min(lowest, 0)
         now_high = tl.max(highest, 0)
         first = low > high

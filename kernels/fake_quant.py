@@ -17,7 +17,7 @@ from . import _range_jit as ranges
 _ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2}
 # Elements of a tile. In a reduction one 16-byte access of a 16-bit input is enough: two would double the registers.
 _TILE, _TILE_HALF, _REDUCE_TILE = 1024, 2048, 1024
-# Tiles that one program of a reduction walks; each lane adds so many tiles in float32 before going to float64.
+# Most tiles that one program of a reduction walks; each lane adds so many in float32 before going to float64.
 _REDUCE_TILES = 8
 # Largest channel of a weight that one program keeps in registers between finding its range and quantizing it.
 _IN_REGISTERS = 8192
@@ -68,11 +68,13 @@ def _matrix(x, channels, axis):
 
 
 def _tile(rows, cols, size):
-    """(BLOCK_R, BLOCK_K) of about `size` elements that waste the fewest lanes on cols, the wider of equals."""
-    limit = min(triton.next_power_of_2(cols), size)
-    widths = [1 << k for k in range(min(limit, 32).bit_length() - 1, limit.bit_length())]
+    """(BLOCK_R, BLOCK_K) of about `size` elements, with the fewest idle lanes past the end of cols, wide before tall."""
+    tallest = min(triton.next_power_of_2(rows), size)
+    widest = min(triton.next_power_of_2(cols), size)
+    narrowest = min(max(size // tallest, 32), widest)
+    widths = [1 << k for k in range(narrowest.bit_length() - 1, widest.bit_length())]
     width = min(widths, key=lambda w: (-(-cols // w) * w, -w))
-    return min(triton.next_power_of_2(rows), size // width), width
+    return min(tallest, size // width), width
 
 
 def _group(cols):
@@ -84,14 +86,20 @@ def _tile_size(x):
     return _TILE_HALF if x.element_size() <= 2 else _TILE
 
 
+def _programs(tiles):
+    """(programs, tiles of each) of a reduction."""
+    per_program = min(triton.next_power_of_2(tiles), _REDUCE_TILES)
+    return triton.cdiv(tiles, per_program), per_program
+
+
 def _split(x, channels, axis):
     """How a per-channel reduction is cut up: (grid, splits, outer, cols, constants); fixed by shape and strides alone."""
     outer, cols, last = _matrix(x, channels, axis)
     block_r, block_k = _tile(outer, min(cols, 128) if last else cols, _REDUCE_TILE)
     col_blocks = triton.cdiv(cols, block_k)
     tiles = triton.cdiv(outer, block_r) * (1 if last else col_blocks)
-    splits = triton.cdiv(tiles, _REDUCE_TILES)
-    constants = {"LAST": last, "GROUP": _group(cols), "BLOCK_R": block_r, "BLOCK_K": block_k, "TILES": _REDUCE_TILES}
+    splits, per_program = _programs(tiles)
+    constants = {"LAST": last, "GROUP": _group(cols), "BLOCK_R": block_r, "BLOCK_K": block_k, "TILES": per_program}
     return (splits * (col_blocks if last else channels),), splits, outer, cols, constants
 
 
@@ -154,11 +162,11 @@ def fake_quantize_learned_backward(grad, x, scale, zero_point, quant_min, quant_
     limits, act = (quant_min, quant_max), _ACTIVATIONS[activation]
     with torch.cuda.device_of(x):
         if channels == 1:
-            splits = triton.cdiv(n, _REDUCE_TILE * _REDUCE_TILES)
+            splits, per_program = _programs(triton.cdiv(n, _REDUCE_TILE))
             partial = torch.empty(2 * splits, dtype=torch.float64, device=x.device)
             jit.learned_flat_kernel[(splits,)](
                 dx, partial, x, grad, scale, zero_point, n, *limits,
-                ACTIVATION=act, BLOCK=_REDUCE_TILE, TILES=_REDUCE_TILES, **_LAUNCH,
+                ACTIVATION=act, BLOCK=_REDUCE_TILE, TILES=per_program, **_LAUNCH,
             )  # fmt: skip
         else:
             grid, splits, outer, cols, constants = _split(x, channels, axis)
@@ -224,10 +232,10 @@ def observe_fake_quantize(
     with torch.cuda.device_of(x):
         if observe and n > 0:
             if channels == 1:
-                splits = triton.cdiv(n, _REDUCE_TILE * _REDUCE_TILES)
+                splits, per_program = _programs(triton.cdiv(n, _REDUCE_TILE))
                 partial = torch.empty(2 * splits, dtype=low.dtype, device=x.device)
                 ranges.range_flat_kernel[(splits,)](
-                    partial, x, n, ACTIVATION=act, BLOCK=_REDUCE_TILE, TILES=_REDUCE_TILES, **_LAUNCH
+                    partial, x, n, ACTIVATION=act, BLOCK=_REDUCE_TILE, TILES=per_program, **_LAUNCH
                 )
             else:
                 grid, splits, outer, cols, constants = _split(x, channels, axis)

@@ -238,7 +238,7 @@ def test_digits_split_is_disjoint_and_fixed() -> None:
     held, held_labels = digits(held_out=True)
     rest, rest_labels = digits(held_out=False)
     assert held.shape == (500, 1, 16, 16) and rest.shape == (1297, 1, 16, 16)
-    assert 0 <= float(held.min()) and float(held.max()) <= 1
+    assert float(held.min()) >= 0 and float(held.max()) <= 1
     everything = torch.cat([held, rest]).flatten(1)
     assert len(everything.unique(dim=0)) == 1797
     again, again_labels = digits(held_out=True)

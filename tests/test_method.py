@@ -136,6 +136,7 @@ def test_other_bits_reuse_the_same_images(network, stream):
     assert isinstance(method.source, GeneratorSource) and method.streaming == stream
     second = method.finetune(W3A3)
     assert torch.equal(images, second.images)
+    assert second.metrics["synthesis"] == first.metrics["synthesis"] and second.samples_seen == first.samples_seen
     assert second.config.quantization == W3A3 and first.config.quantization == TINY.quantization
     assert not same_state(first.student, second.student)
     again = method.finetune()

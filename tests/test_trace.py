@@ -57,7 +57,7 @@ def test_watching_leaves_no_hooks_and_keeps_modes() -> None:
 
 
 def test_trace_names_the_reason() -> None:
-    with pytest.raises(ValueError, match="Branching cannot be traced by torch.fx: TraceError"):
+    with pytest.raises(ValueError, match=r"Branching cannot be traced by .*: TraceError"):
         trace(Branching())
 
 

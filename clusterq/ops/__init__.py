@@ -1,14 +1,49 @@
-"""Differentiable ops of ClusterQ: fake-quantize, BatchNorm statistics, nearest centroid."""
-import importlib
-from pathlib import Path
+"""Differentiable ops: fake-quantize, BatchNorm statistics, nearest centroid.
+
+Every op runs on any device through its PyTorch reference; `backends()` shows where a faster kernel serves it.
+"""
 
 from clusterq.ops._library import Backend, backends, load_backends
+from clusterq.ops.bn_stats import (
+    batch_norm_statistics,
+    batch_norm_with_instance_statistics,
+    batch_norm_with_statistics,
+    class_statistics,
+    instance_statistics,
+    merge_class_statistics,
+    merge_instance_statistics,
+)
+from clusterq.ops.centroids import assign_and_update_, nearest_centroid, update_centroids_
+from clusterq.ops.fake_quant import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_weight,
+    mse_range,
+    observe_fake_quantize,
+    quantize,
+    range_to_qparams,
+)
 
-__all__ = ["Backend", "backends"]
-for _m in ("fake_quant", "bn_stats", "centroids"):
-    if (Path(__file__).parent / f"{_m}.py").exists():
-        _mod = importlib.import_module(f"clusterq.ops.{_m}")
-        for _n in getattr(_mod, "__all__", []):
-            globals()[_n] = getattr(_mod, _n)
-            __all__.append(_n)
 load_backends()
+
+__all__ = [
+    "Backend",
+    "assign_and_update_",
+    "backends",
+    "batch_norm_statistics",
+    "batch_norm_with_instance_statistics",
+    "batch_norm_with_statistics",
+    "class_statistics",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_weight",
+    "instance_statistics",
+    "merge_class_statistics",
+    "merge_instance_statistics",
+    "mse_range",
+    "nearest_centroid",
+    "observe_fake_quantize",
+    "quantize",
+    "range_to_qparams",
+    "update_centroids_",
+]

@@ -159,10 +159,12 @@ def finite_range(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         if axis is None
         else x.movedim(axis, 0).reshape(x.size(axis), x.numel() // max(x.size(axis), 1))
     )
-    edge = rows.new_full((rows.size(0), 1), float("inf"))
-    low = torch.cat([torch.where(rows.isfinite(), rows, float("inf")), edge], 1).amin(1)
-    high = torch.cat([torch.where(rows.isfinite(), rows, -float("inf")), -edge], 1).amax(1)
-    return low, high
+    if rows.size(1) == 0:
+        empty = rows.new_full((rows.size(0),), float("inf"))
+        return empty, -empty
+    finite = rows.isfinite()
+    low = torch.where(finite, rows, float("inf")).amin(1)
+    return low, torch.where(finite, rows, -float("inf")).amax(1)
 
 
 def range_to_qparams(

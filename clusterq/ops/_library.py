@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import warnings
@@ -25,7 +26,9 @@ _NAMESPACE = "clusterq"
 _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
 _BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
 
-_lib = torch.library.Library(_NAMESPACE, "DEF")
+# torch.library carries no types.
+_library: Any = torch.library
+_lib = _library.Library(_NAMESPACE, "DEF")
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def register_op(
     _ops[name] = op
     _lib.define(schema)
     _lib.impl(name, _default_kernel(op), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_lib)
+    _library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_lib)
     overload: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name).default
     return overload
 

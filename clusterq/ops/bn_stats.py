@@ -29,6 +29,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clusterq.ops._library import register_op
+from clusterq.ops.merge_statistics import (
+    check_labels,
+    check_vector,
+    membership,
+    merge_class_statistics,
+    merge_instance_statistics,
+    reciprocal,
+)
 
 __all__ = [
     "batch_norm_statistics",
@@ -53,14 +61,9 @@ def _spatial(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-def _reciprocal(count: int) -> float:
-    return 1.0 / count if count > 0 else math.nan
-
-
 def _empty_like(x: Tensor) -> Tensor:
-    if x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
-    return x.new_empty(x.shape)
+    dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
+    return torch.empty_like(x) if dense else x.new_empty(x.shape)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -80,29 +83,6 @@ def _check_input(x: Tensor) -> None:
         raise TypeError(f"x has dtype {x.dtype}; wanted float32, bfloat16, float16 or float64")
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]")
-
-
-def _check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    if vector.shape != (size,):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}; wanted ({size},)")
-    if vector.device != device:
-        raise ValueError(f"{name} is on {vector.device}; wanted {device}")
-    if vector.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {vector.dtype}; wanted {' or '.join(str(d) for d in dtypes)}")
-
-
-def _check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: int, device: torch.device) -> None:
-    _check_vector("labels", labels, images, device, (torch.int64,))
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; wanted at least 1")
-    if mask is not None:
-        _check_vector("mask", mask, images, device, (torch.bool,))
-
-
-def _membership(labels: Tensor, num_classes: int, mask: Tensor | None) -> Tensor:
-    """Bool [N, K]: image n belongs to class k. Labels outside the classes belong to none."""
-    member = labels[:, None] == torch.arange(num_classes, device=labels.device)
-    return member if mask is None else member & mask[:, None]
 
 
 def _moments(x: Tensor, dims: list[int], correction: int) -> tuple[Tensor, Tensor]:
@@ -140,7 +120,7 @@ def _segment_sum(values: Tensor, member: Tensor) -> Tensor:
 def _class_statistics_reference(
     x: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    member = _membership(labels, num_classes, mask)
+    member = membership(labels, num_classes, mask)
     count = member.sum(0)
     mean, var = (t.double() for t in _instance_statistics_reference(x))
     divisor = count.clamp(min=1)[:, None]
@@ -150,12 +130,21 @@ def _class_statistics_reference(
     return count, class_mean.to(_statistics_dtype(x)), class_var.to(_statistics_dtype(x))
 
 
+def _batch_norm_reference(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    wide = x.to(_statistics_dtype(x))
+    return _like((wide - _per_channel(center, x)) * _per_channel(scale, x) + _per_channel(shift, x), x)
+
+
 def _batch_norm_instance_statistics_reference(
     x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = x.to(_statistics_dtype(x))
-    y = (wide - _per_channel(center, x)) * _per_channel(scale, x) + _per_channel(shift, x)
-    return _like(y, x), *_instance_statistics_reference(x)
+    return _batch_norm_reference(x, center, scale, shift), *_instance_statistics_reference(x)
+
+
+def _batch_norm_batch_statistics_reference(
+    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _batch_norm_reference(x, center, scale, shift), *_batch_norm_statistics_reference(x, 0)
 
 
 def _statistics_backward_reference(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -204,6 +193,11 @@ _batch_norm_instance_statistics = register_op(
     reference=_batch_norm_instance_statistics_reference,
     fake=lambda x, center, scale, shift: (_empty_like(x), *_pair(x, x.shape[0], x.shape[1])),
 )
+_batch_norm_batch_statistics = register_op(
+    "batch_norm_batch_statistics(Tensor x, Tensor center, Tensor scale, Tensor shift) -> (Tensor, Tensor, Tensor)",
+    reference=_batch_norm_batch_statistics_reference,
+    fake=lambda x, center, scale, shift: (_empty_like(x), *_pair(x, x.shape[1])),
+)
 _statistics_backward = register_op(
     "statistics_backward(Tensor x, Tensor center, Tensor a, Tensor b) -> Tensor",
     reference=_statistics_backward_reference,
@@ -246,7 +240,7 @@ class _InstanceStatistics(torch.autograd.Function):
         if grad_mean is None and grad_var is None:
             return None
         x, mean = ctx.saved_tensors
-        factor = _reciprocal(_spatial(x))
+        factor = reciprocal(_spatial(x))
         return _statistics_backward(x, mean, *_affine(mean, grad_mean, grad_var, factor, 2 * factor))
 
 
@@ -268,7 +262,7 @@ class _BatchNormStatistics(torch.autograd.Function):
             return None, None
         x, mean = ctx.saved_tensors
         values = x.shape[0] * _spatial(x)
-        factors = _reciprocal(values), 2 * _reciprocal(values - ctx.correction)
+        factors = reciprocal(values), 2 * reciprocal(values - ctx.correction)
         a, b = _affine(mean, grad_mean, grad_var, *factors)
         return _statistics_backward(x, mean[None], a[None], b[None]), None
 
@@ -293,7 +287,7 @@ class _ClassStatistics(torch.autograd.Function):
             return None, None, None, None
         x, count, mean, labels, mask = ctx.saved_tensors
         classes = mean.shape[0]
-        factor = (_reciprocal(_spatial(x)) / count.clamp(min=1).to(mean.dtype))[:, None]
+        factor = (reciprocal(_spatial(x)) / count.clamp(min=1).to(mean.dtype))[:, None]
         index = labels.clamp(0, classes - 1)
         outside = ((labels < 0) | (labels >= classes))[:, None]
         if mask is not None:
@@ -304,14 +298,15 @@ class _ClassStatistics(torch.autograd.Function):
         return _statistics_backward(x, center, a, b), None, None, None
 
 
-class _BatchNormInstanceStatistics(torch.autograd.Function):
+class _BatchNormWithStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, inv_std: Tensor) -> Any:
-        return _batch_norm_instance_statistics(x, running_mean, weight * inv_std, bias)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, inv_std: Tensor, per_image: bool) -> Any:
+        op = _batch_norm_instance_statistics if per_image else _batch_norm_batch_statistics
+        return op(x, running_mean, weight * inv_std, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, weight, _, running_mean, inv_std = inputs
+        x, weight, _, running_mean, inv_std, ctx.per_image = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, running_mean, inv_std, output[1])
 
@@ -323,8 +318,9 @@ class _BatchNormInstanceStatistics(torch.autograd.Function):
         dx = dweight = dbias = None
         scale = weight * inv_std
         if x_needed and (grad_mean is not None or grad_var is not None):
-            factor = _reciprocal(_spatial(x))
-            a, b = _affine(mean, grad_mean, grad_var, factor, 2 * factor)
+            factor = reciprocal(_spatial(x) if ctx.per_image else x.shape[0] * _spatial(x))
+            mean = mean if ctx.per_image else mean[None]
+            a, b = (t.view_as(mean) for t in _affine(mean, grad_mean, grad_var, factor, 2 * factor))
             if grad is None:
                 dx = _statistics_backward(x, mean, a, b)
             else:
@@ -334,7 +330,7 @@ class _BatchNormInstanceStatistics(torch.autograd.Function):
             dx = _statistics_backward(grad, zero, scale[None], zero)
         if grad is not None and (weight_needed or bias_needed):
             dweight, dbias = _batch_norm_parameter_backward(grad, x, running_mean, inv_std)
-        return dx, dweight if weight_needed else None, dbias if bias_needed else None, None, None
+        return dx, dweight if weight_needed else None, dbias if bias_needed else None, None, None, None
 
 
 def instance_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -397,10 +393,38 @@ def class_statistics(
         TypeError, ValueError: an argument has another dtype, shape or device; num_classes < 1.
     """
     _check_input(x)
-    _check_labels(labels, num_classes, mask, x.shape[0], x.device)
+    check_labels(labels, num_classes, mask, x.shape[0], x.device)
     differentiable = torch.is_grad_enabled() and x.requires_grad
     count, mean, var = (_ClassStatistics.apply if differentiable else _class_statistics)(x, labels, num_classes, mask)
     return count, mean, var
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    per_image: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_input(x)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in vectors.items():
+        if vector is not None:
+            check_vector(name, vector, x.shape[1], x.device, _DTYPES)
+        elif name.startswith("running"):
+            raise TypeError(f"{name} is None; BatchNorm in eval mode wants its running statistics")
+    dtype = _statistics_dtype(x)
+    scale = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
+    center, inv_std = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad):
+        y, mean, var = _BatchNormWithStatistics.apply(x, scale, shift, center, inv_std, per_image)
+    else:
+        op = _batch_norm_instance_statistics if per_image else _batch_norm_batch_statistics
+        y, mean, var = op(x, center, scale * inv_std, shift)
+    return y, mean, var
 
 
 def batch_norm_with_instance_statistics(
@@ -425,22 +449,7 @@ def batch_norm_with_instance_statistics(
     Raises:
         TypeError, ValueError: an argument has another dtype, shape or device.
     """
-    _check_input(x)
-    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    for name, vector in vectors.items():
-        if vector is not None:
-            _check_vector(name, vector, x.shape[1], x.device, _DTYPES)
-        elif name.startswith("running"):
-            raise TypeError(f"{name} is None; BatchNorm in eval mode wants its running statistics")
-    dtype = _statistics_dtype(x)
-    scale = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
-    shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
-    center, inv_std = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
-    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad):
-        y, mean, var = _BatchNormInstanceStatistics.apply(x, scale, shift, center, inv_std)
-    else:
-        y, mean, var = _batch_norm_instance_statistics(x, center, scale * inv_std, shift)
-    return y, mean, var
+    return _batch_norm(x, weight, bias, running_mean, running_var, eps, per_image=True)
 
 
 def batch_norm_with_statistics(
@@ -451,49 +460,4 @@ def batch_norm_with_statistics(
     Arguments, y and errors as for `batch_norm_with_instance_statistics`; mean [C] and var [C] as for
     `batch_norm_statistics(x)`.
     """
-    y, mean, var = batch_norm_with_instance_statistics(x, weight, bias, running_mean, running_var, eps)
-    return y, *merge_instance_statistics(mean, var, _spatial(x))
-
-
-def merge_instance_statistics(mean: Tensor, var: Tensor, spatial: int, correction: int = 0) -> tuple[Tensor, Tensor]:
-    """Batch statistics from instance statistics (Chan's rule with equal counts); differentiable.
-
-    Args:
-        mean, var: [N, C], biased.
-        spatial: values per image and channel, prod(x.shape[2:]).
-        correction: as for `batch_norm_statistics`.
-
-    Returns:
-        mean [C] and var [C] in the dtype of mean; NaN as for `batch_norm_statistics`.
-    """
-    wide, values = mean.double(), mean.shape[0] * spatial
-    center = wide.mean(0)
-    merged = (var.double() + (wide - center).square()).mean(0) * (values * _reciprocal(values - correction))
-    return center.to(mean.dtype), merged.to(mean.dtype)
-
-
-def merge_class_statistics(
-    mean: Tensor, var: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Class statistics from instance statistics (Chan's rule with equal counts); differentiable, no host sync.
-
-    Sums are products with the one-hot labels in float64: repeatable, and out of reach of autocast and TF32. A
-    non-finite instance of any class makes its channel non-finite in all classes; an image without a class never does.
-
-    Args:
-        mean, var: [N, C], biased, of images with the same spatial extent.
-        labels, num_classes, mask: as for `class_statistics`.
-
-    Returns:
-        count [K] int64, mean [K, C], var [K, C] in the dtype of mean; 0 for a class without images.
-    """
-    _check_labels(labels, num_classes, mask, mean.shape[0], mean.device)
-    member = _membership(labels, num_classes, mask)
-    count = member.sum(0)
-    inside = member.any(1)[:, None]
-    share = member.double()
-    average = share.t() / count.clamp(min=1)[:, None]
-    wide = torch.where(inside, mean, 0).double()
-    center = average @ wide
-    merged = average @ (torch.where(inside, var, 0).double() + (wide - share @ center).square())
-    return count, center.to(mean.dtype), merged.to(mean.dtype)
+    return _batch_norm(x, weight, bias, running_mean, running_var, eps, per_image=False)

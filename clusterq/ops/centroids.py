@@ -131,7 +131,13 @@ def _nearest_backward_reference(grad: Tensor, x: Tensor, centroids: Tensor, inde
 
 
 def _update_reference(
-    centroids: Tensor, cluster_size: Tensor, x: Tensor, index: Tensor, weights: Tensor | None, decay: float, mode: str
+    centroids: Tensor,
+    cluster_size: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    decay: float,
+    update_mode: str,
 ) -> None:
     weight = torch.ones_like(index, dtype=torch.float64) if weights is None else weights.double()
     used = torch.where(weight == 0, -1, index)
@@ -140,21 +146,21 @@ def _update_reference(
     total, count = sums[..., :-1], sums[..., -1]
     old, old_size = centroids.double(), cluster_size.double()
     size = decay * old_size + (1 - decay) * count
-    if mode == "mean":
+    if update_mode == "mean":
         moved = decay * old + (1 - decay) * (total / count[..., None])
     else:
         moved = (decay * old_size[..., None] * old + (1 - decay) * total) / size[..., None]
     # a codebook entry of size 0 stays 0 / 0 under decay 1
-    used_now = (count != 0) & (size != 0) if mode == "codebook" else count != 0
+    used_now = (count != 0) & (size != 0) if update_mode == "codebook" else count != 0
     centroids.copy_(torch.where(used_now[..., None], moved, old))
     cluster_size.copy_(size)
 
 
 def _assign_and_update_reference(
-    centroids: Tensor, cluster_size: Tensor, x: Tensor, weights: Tensor | None, decay: float, mode: str
+    centroids: Tensor, cluster_size: Tensor, x: Tensor, weights: Tensor | None, decay: float, update_mode: str
 ) -> tuple[Tensor, Tensor]:
     index, distance = _nearest_reference(x, centroids)
-    _update_reference(centroids, cluster_size, x, index, weights, decay, mode)
+    _update_reference(centroids, cluster_size, x, index, weights, decay, update_mode)
     return index, distance
 
 
@@ -168,13 +174,19 @@ def _nearest_backward_fake(grad: Tensor, x: Tensor, centroids: Tensor, index: Te
 
 
 def _update_fake(
-    centroids: Tensor, cluster_size: Tensor, x: Tensor, index: Tensor, weights: Tensor | None, decay: float, mode: str
+    centroids: Tensor,
+    cluster_size: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor | None,
+    decay: float,
+    update_mode: str,
 ) -> None:
     return None
 
 
 def _assign_and_update_fake(
-    centroids: Tensor, cluster_size: Tensor, x: Tensor, weights: Tensor | None, decay: float, mode: str
+    centroids: Tensor, cluster_size: Tensor, x: Tensor, weights: Tensor | None, decay: float, update_mode: str
 ) -> tuple[Tensor, Tensor]:
     return _nearest_fake(x, centroids)
 
@@ -189,15 +201,16 @@ _nearest_backward = register_op(
     reference=_nearest_backward_reference,
     fake=_nearest_backward_fake,
 )
+# `update_mode`: torch passes op arguments by keyword next to a `mode` of its own
 _update = register_op(
     "update_centroids_(Tensor(a!) centroids, Tensor(b!) cluster_size, Tensor x, Tensor index, Tensor? weights, "
-    "float decay, str mode) -> ()",
+    "float decay, str update_mode) -> ()",
     reference=_update_reference,
     fake=_update_fake,
 )
 _assign_and_update = register_op(
     "assign_and_update_(Tensor(a!) centroids, Tensor(b!) cluster_size, Tensor x, Tensor? weights, float decay, "
-    "str mode) -> (Tensor, Tensor)",
+    "str update_mode) -> (Tensor, Tensor)",
     reference=_assign_and_update_reference,
     fake=_assign_and_update_fake,
 )

@@ -7,14 +7,24 @@ float16 and float64 inputs; scales, zero points and running ranges are float32, 
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _fake_quant_reference as reference
+from clusterq.ops._fake_quant_autograd import (
+    FakeQuantize,
+    FakeQuantizeLearned,
+    FakeQuantizeWeight,
+    ObserveFakeQuantize,
+    dequantize_op,
+    error_op,
+    fake_quantize_op,
+    observe_op,
+    quantize_op,
+    weight_op,
+)
 from clusterq.ops._fake_quant_checks import (
     ACTIVATIONS,
     CODES,
@@ -30,7 +40,6 @@ from clusterq.ops._fake_quant_checks import (
     check_range,
 )
 from clusterq.ops._fake_quant_reference import compute_dtype
-from clusterq.ops._library import register_op
 
 __all__ = [
     "dequantize",
@@ -43,196 +52,6 @@ __all__ = [
 ]
 
 Activation = Literal["none", "relu", "relu6"]
-
-_fake_quantize_op = register_op(
-    "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis, str activation)"
-    " -> Tensor",
-    reference=reference.fake_quantize,
-    fake=reference.fake_like,
-    triton="fake_quant:fake_quantize",
-)
-_backward_op = register_op(
-    "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max,"
-    " int? axis, str activation) -> Tensor",
-    reference=reference.fake_quantize_backward,
-    fake=reference.fake_backward,
-    triton="fake_quant:fake_quantize_backward",
-)
-_learned_backward_op = register_op(
-    "fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int quant_min,"
-    " int quant_max, int? axis, str activation) -> (Tensor, Tensor, Tensor)",
-    reference=reference.fake_quantize_learned_backward,
-    fake=reference.fake_learned_backward,
-    triton="fake_quant:fake_quantize_learned_backward",
-)
-_quantize_op = register_op(
-    "quantize(Tensor x, Tensor scale, Tensor zero_point, int quant_min, int quant_max, int? axis) -> Tensor",
-    reference=reference.quantize,
-    fake=reference.fake_codes,
-    triton="fake_quant:quantize",
-)
-_dequantize_op = register_op(
-    "dequantize(Tensor codes, Tensor scale, Tensor zero_point, int? axis, ScalarType dtype) -> Tensor",
-    reference=reference.dequantize,
-    fake=reference.fake_dequantize,
-    triton="fake_quant:dequantize",
-)
-_weight_op = register_op(
-    "fake_quantize_weight(Tensor w, int quant_min, int quant_max, int axis, bool symmetric)"
-    " -> (Tensor, Tensor, Tensor)",
-    reference=reference.fake_quantize_weight,
-    fake=reference.fake_weight,
-    triton="fake_quant:fake_quantize_weight",
-)
-_observe_op = register_op(
-    "observe_fake_quantize(Tensor x, Tensor(a!) running_min, Tensor(b!) running_max, int quant_min, int quant_max,"
-    " float momentum, bool observe, bool symmetric, int? axis, str activation) -> (Tensor, Tensor, Tensor)",
-    reference=reference.observe_fake_quantize,
-    fake=reference.fake_observe,
-    triton="fake_quant:observe_fake_quantize",
-)
-_error_op = register_op(
-    "quantization_error(Tensor x, Tensor scales, Tensor zero_points, int quant_min, int quant_max, int? axis)"
-    " -> Tensor",
-    reference=reference.quantization_error,
-    fake=reference.fake_error,
-)
-
-
-def _pass_through(grad: Tensor, x: Tensor | None, activation: str) -> Tensor:
-    if x is None or activation == "none":
-        return grad
-    mask = x > 0 if activation == "relu" else (x > 0) & (x < 6)
-    return torch.where(mask, grad, 0.0)
-
-
-class _FakeQuantize(Function):
-    """Gradient to x only: masked to the range ("clipped") or by the activation alone ("pass_through")."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-        activation: str,
-        gradient: str,
-    ) -> Tensor:
-        y: Tensor = _fake_quantize_op(x, scale, zero_point, quant_min, quant_max, axis, activation)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, *ctx.settings, ctx.gradient = inputs
-        if ctx.gradient == "clipped":
-            ctx.save_for_backward(x, scale, zero_point)
-        elif ctx.settings[3] != "none":
-            ctx.save_for_backward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        if ctx.gradient == "clipped":
-            grad = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-        elif ctx.saved_tensors:
-            grad = _pass_through(grad, ctx.saved_tensors[0], ctx.settings[3])
-        return (grad, *[None] * 7)
-
-
-class _FakeQuantizeLearned(Function):
-    """Gradients to x, scale and zero_point, which is rounded and clamped here with a straight-through gradient."""
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        quant_min: int,
-        quant_max: int,
-        axis: int | None,
-        activation: str,
-    ) -> Tensor:
-        whole = zero_point.round().clamp(quant_min, quant_max)
-        y: Tensor = _fake_quantize_op(x, scale, whole, quant_min, quant_max, axis, activation)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, scale, zero_point, *ctx.settings = inputs
-        ctx.save_for_backward(x, scale, zero_point)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, scale, zero_point = ctx.saved_tensors
-        whole = zero_point.round().clamp(ctx.settings[0], ctx.settings[1])
-        return (*_learned_backward_op(grad, x, scale, whole, *ctx.settings), *[None] * 4)
-
-
-class _FakeQuantizeWeight(Function):
-    @staticmethod
-    def forward(
-        w: Tensor, quant_min: int, quant_max: int, axis: int, symmetric: bool, gradient: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = _weight_op(w, quant_min, quant_max, axis, symmetric)
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        w, quant_min, quant_max, axis, _, ctx.gradient = inputs
-        ctx.settings = (quant_min, quant_max, axis, "none")
-        ctx.mark_non_differentiable(output[1], output[2])
-        if ctx.gradient == "clipped":
-            ctx.save_for_backward(w, output[1], output[2])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-        if ctx.gradient == "clipped":
-            grad = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-        return (grad, *[None] * 5)
-
-
-class _ObserveFakeQuantize(Function):
-    @staticmethod
-    def forward(
-        x: Tensor,
-        running_min: Tensor,
-        running_max: Tensor,
-        quant_min: int,
-        quant_max: int,
-        momentum: float,
-        observe: bool,
-        symmetric: bool,
-        axis: int | None,
-        activation: str,
-        gradient: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = _observe_op(
-            x, running_min, running_max, quant_min, quant_max, momentum, observe, symmetric, axis, activation
-        )
-        return output
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, _, _, quant_min, quant_max, *_, axis, activation, ctx.gradient = inputs
-        ctx.settings = (quant_min, quant_max, axis, activation)
-        ctx.mark_non_differentiable(output[1], output[2])
-        if ctx.gradient == "clipped":
-            ctx.save_for_backward(x, output[1], output[2])
-        elif activation != "none":
-            ctx.save_for_backward(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-        if ctx.gradient == "clipped":
-            grad = _backward_op(grad, *ctx.saved_tensors, *ctx.settings)
-        elif ctx.saved_tensors:
-            grad = _pass_through(grad, ctx.saved_tensors[0], ctx.settings[3])
-        return (grad, *[None] * 10)
 
 
 def fake_quantize(
@@ -270,14 +89,14 @@ def fake_quantize(
     if gradient == "learned" and torch.is_grad_enabled():
         offset = as_parameter(zero_point, x, axis, dtype, "zero_point")
         if x.requires_grad or step.requires_grad or offset.requires_grad:
-            y: Tensor = _FakeQuantizeLearned.apply(x, step, offset, quant_min, quant_max, axis, activation)
+            y: Tensor = FakeQuantizeLearned.apply(x, step, offset, quant_min, quant_max, axis, activation)
             return y
     offset = as_zero_point(zero_point, x, axis, dtype, quant_min, quant_max)
     step = step.detach()
     if torch.is_grad_enabled() and x.requires_grad:
-        y = _FakeQuantize.apply(x, step, offset, quant_min, quant_max, axis, activation, gradient)
+        y = FakeQuantize.apply(x, step, offset, quant_min, quant_max, axis, activation, gradient)
     else:
-        y = _fake_quantize_op(x, step, offset, quant_min, quant_max, axis, activation)
+        y = fake_quantize_op(x, step, offset, quant_min, quant_max, axis, activation)
     return y
 
 
@@ -300,7 +119,7 @@ def quantize(
     dtype = compute_dtype(x.dtype)
     step = as_scale(scale, x, axis, dtype).detach()
     offset = as_zero_point(zero_point, x, axis, dtype, quant_min, quant_max)
-    codes: Tensor = _quantize_op(x.detach(), step, offset, quant_min, quant_max, axis)
+    codes: Tensor = quantize_op(x.detach(), step, offset, quant_min, quant_max, axis)
     return codes
 
 
@@ -318,7 +137,7 @@ def dequantize(
         raise TypeError(f"dtype is {dtype}; wanted one of {', '.join(map(str, FLOATING))}")
     step = as_scale(scale, codes, axis, compute_dtype(dtype)).detach()
     offset = as_zero_point(zero_point, codes, axis, compute_dtype(dtype), -LARGEST_CODE, LARGEST_CODE)
-    value: Tensor = _dequantize_op(codes, step, offset, axis, dtype)
+    value: Tensor = dequantize_op(codes, step, offset, axis, dtype)
     return value
 
 
@@ -375,9 +194,9 @@ def fake_quantize_weight(
     check_choice(gradient, GRADIENTS[:2], "gradient")
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if torch.is_grad_enabled() and w.requires_grad:
-        output = _FakeQuantizeWeight.apply(w, low, high, front, symmetric, gradient)
+        output = FakeQuantizeWeight.apply(w, low, high, front, symmetric, gradient)
     else:
-        output = _weight_op(w, low, high, front, symmetric)
+        output = weight_op(w, low, high, front, symmetric)
     y, scale, zero_point = output
     return (y, scale, zero_point) if return_qparams else y
 
@@ -430,9 +249,9 @@ def observe_fake_quantize(
     high = low + (1 << bits) - 1
     arguments = (x, running_min, running_max, low, high, momentum, observe, symmetric, axis, activation)
     if torch.is_grad_enabled() and x.requires_grad:
-        output = _ObserveFakeQuantize.apply(*arguments, gradient)
+        output = ObserveFakeQuantize.apply(*arguments, gradient)
     else:
-        output = _observe_op(*arguments)
+        output = observe_op(*arguments)
     y, scale, zero_point = output
     return y, scale, zero_point
 
@@ -472,5 +291,5 @@ def mse_range(
     factor = torch.arange(candidates, 0, -1, device=x.device, dtype=low.dtype).div_(candidates).unsqueeze(1)
     # An empty range is infinite: scaled by the factor it stays empty.
     scales, zero_points = reference.range_to_qparams(factor * low, factor * high, quant_min, quant_max, symmetric)
-    best = _error_op(x, scales, zero_points, quant_min, quant_max, axis).argmin(0, keepdim=True)
+    best = error_op(x, scales, zero_points, quant_min, quant_max, axis).argmin(0, keepdim=True)
     return scales.gather(0, best).squeeze(0), zero_points.gather(0, best).squeeze(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -120,7 +120,6 @@ class GeneratorSource:
             return self._require_stored().batch(step)
         return self._train_step()
 
-    @torch.no_grad()
     def sample(self, count: int) -> StoredImages:
         """`count` images from the generator as it is now, in eval mode; the same images at each call."""
         random = torch.Generator(self.teacher.device).manual_seed(_stream(self.seed, _SAMPLE_STREAM))
@@ -148,14 +147,15 @@ class GeneratorSource:
         if self.step == self.config.warmup_steps:
             self.objective.initialise_centroids(self._class_batches())
 
-    def _class_batches(self) -> list[tuple[Tensor, Tensor]]:
+    def _class_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Images of every class, at least one each and about a batch in all, from the generator in eval mode."""
         classes = torch.arange(self.teacher.num_classes, device=self.teacher.device)
         labels = classes.repeat_interleave(max(self.config.batch_size // self.teacher.num_classes, 1))
         random = torch.Generator(self.teacher.device).manual_seed(_stream(self.seed, _SAMPLE_STREAM))
-        with torch.no_grad():
-            return [(self._generate(part, random), part) for part in torch.split(labels, self.config.batch_size)]
+        for part in torch.split(labels, self.config.batch_size):
+            yield self._generate(part, random), part
 
+    @torch.no_grad()
     def _generate(self, labels: Tensor, random: torch.Generator) -> Tensor:
         """Images in eval mode: single images do not depend on their batch, and running statistics stay."""
         noise = torch.randn(len(labels), self.config.latent_dim, generator=random, device=self.teacher.device)
@@ -183,13 +183,14 @@ class GeneratorSource:
         return images.detach(), labels
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `fit` or `batch` needs to continue bit for bit: weights, optimiser, centroids, random states."""
+        """Everything `fit` or `batch` needs to continue bit for bit, and the metrics so far."""
         return {
             "step": self.step,
             "generator": {k: v.clone() for k, v in self.generator.state_dict().items()},
             "optimizer": copy.deepcopy(self._optimizer.state_dict()),
             "objective": self.objective.state_dict(),
             "random": self._random.get_state(),
+            "metrics": [dict(record) for record in self.metrics],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,6 +201,7 @@ class GeneratorSource:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.objective.load_state_dict(state["objective"])
         self._random.set_state(state["random"].cpu())
+        self._log.restore(state["metrics"])
 
 
 class BankSource:
@@ -289,13 +291,14 @@ class BankSource:
         return self._stored.labels()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `fit` needs to continue bit for bit."""
+        """Everything `fit` needs to continue bit for bit, and the metrics so far."""
         return {
             "step": self.step,
             "images": self.images().clone(),
             "labels": self.labels().clone(),
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
             "objective": self.objective.state_dict(),
+            "metrics": [dict(record) for record in self.metrics],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,3 +309,4 @@ class BankSource:
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(copy.deepcopy(saved))
         self.objective.load_state_dict(state["objective"])
+        self._log.restore(state["metrics"])

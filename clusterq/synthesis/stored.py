@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,11 @@ class MetricLog:
         self._pending.append((step, terms))
         if len(self._pending) >= self.every:
             self.flush()
+
+    def restore(self, records: Sequence[Mapping[str, float]]) -> None:
+        """Continue from the records of an earlier run; what is pending is dropped."""
+        self._pending = []
+        self.records = [dict(record) for record in records]
 
     def flush(self) -> None:
         """Convert what is pending.

@@ -1,11 +1,9 @@
 // nearest_centroid on the CPU: a float32 search with a bound on its error, float64 for the rows it cannot decide.
 //
-// With u = 2^-24, x' = fl(x - m), c' = fl(c - m) and m the mean of the centroids, the computed score s_k differs from
-// t_k = x.c - |c|^2/2 (taken relative to m, exactly) by at most E_k = (D + 8) u / (1 - (D + 8) u) (|x'||c'_k| + |c'_k|^2/2):
-// D + 1 roundings of the sum (2 per step without FMA share them: products and sums), 3 of x', c' and |c'|^2/2, second-order
-// terms and the rounding of the norms below the rest. A row whose best score leads by more than 2 max_k E_k is decided.
-// Otherwise every centroid whose score may reach the best is measured as sum (x - c)^2 in float64, in the order of d.
-#include "centroids_common.h"
+// A row whose best score leads by more than twice the largest error any of its scores may carry (centroids_codebook.h)
+// is decided. Otherwise every centroid whose score may reach the best is measured as sum (x - c)^2 in float64, in the
+// order of d.
+#include "centroids_codebook.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CLUSTERQ_X86_LEVELS 1
@@ -24,15 +22,6 @@
 namespace clusterq {
 namespace centroids {
 namespace {
-
-// A packed set of centroids as the inner loops read it.
-struct Book {
-  int64_t clusters, dim;
-  // [panels][dim][width], the last panel only as wide as needed; padded with 0
-  const float* panels;
-  // -|c'|^2 / 2; -inf for padding and for centroids that cannot win
-  const float* offset;
-};
 
 struct Found {
   float best, second;
@@ -96,7 +85,8 @@ const Level& choose_level() {
   if (has_avx512 && wanted != "avx2") return avx512::level;
   if (has_avx2 && wanted != "avx512") return avx2::level;
 #endif
-  STD_TORCH_CHECK(wanted.empty(), "CLUSTERQ_CPU_CAPABILITY is ", wanted, ", which this CPU or this build does not offer");
+  STD_TORCH_CHECK(wanted.empty(), "CLUSTERQ_CPU_CAPABILITY is ", wanted,
+                  ", which this CPU or this build does not offer");
   return portable::level;
 }
 
@@ -104,173 +94,6 @@ const Level& current_level() {
   static const Level& level = choose_level();
   return level;
 }
-
-constexpr double kUnit = 0x1p-24;
-// Below this no partial sum of a score can overflow float32.
-constexpr double kLargest = 1e37;
-constexpr int64_t kLargestDim = 1 << 18;
-
-// Centroids of one batch entry, packed for the search, and what the error bound needs to know about them.
-class Codebook {
- public:
-  Codebook(const Level& level, int64_t clusters, int64_t dim) : level_(level), clusters_(clusters), dim_(dim) {
-    const int64_t padded = (clusters + level.width - 1) / level.width * level.width;
-    panels_.reserve(padded * dim);
-    offset_.reserve(padded);
-    norm_.reserve(padded);
-    mean_.reserve(dim);
-    const double steps = static_cast<double>(dim + 8) * kUnit;
-    relative_ = 1.01 * steps / (1 - steps);
-  }
-
-  // `values` [clusters, dim] must outlive the object.
-  void pack(const float* values) {
-    values_ = values;
-    find_losers();
-    find_mean();
-    largest_norm_ = largest_half_ = 0;
-    const int64_t padded = (clusters_ + level_.width - 1) / level_.width * level_.width;
-    std::fill_n(offset_.get(), padded, -std::numeric_limits<float>::infinity());
-    std::fill_n(norm_.get(), padded, 0.0f);
-    bool any = false;
-    for (int64_t first = 0; first < clusters_; first += level_.width) {
-      const int64_t count = std::min<int64_t>(level_.width, clusters_ - first);
-      const int64_t width = (count + level_.lanes - 1) / level_.lanes * level_.lanes;
-      float* panel = panels_.get() + first * dim_;
-      for (int64_t j = 0; j < width; j++) {
-        const int64_t k = first + j;
-        const bool used = j < count && !loses_[k];
-        double squares = 0;
-        for (int64_t d = 0; d < dim_; d++) {
-          const float value = used ? values[k * dim_ + d] - mean_.get()[d] : 0.0f;
-          panel[d * width + j] = value;
-          squares += static_cast<double>(value) * value;
-        }
-        if (!used) continue;
-        any = true;
-        offset_.get()[k] = static_cast<float>(-0.5 * squares);
-        norm_.get()[k] = static_cast<float>(std::sqrt(squares) * (1 + 1e-6));
-        largest_norm_ = std::max(largest_norm_, std::sqrt(squares) * (1 + 1e-6));
-        largest_half_ = std::max(largest_half_, 0.5 * squares);
-      }
-    }
-    // No score to go by, or too many terms for the slack in the bound: measure every row in float64.
-    if (!any || dim_ > kLargestDim) largest_norm_ = std::numeric_limits<double>::infinity();
-  }
-
-  Book book() const { return {clusters_, dim_, panels_.get(), offset_.get()}; }
-  const float* mean() const { return mean_.get(); }
-  const float* row(int64_t k) const { return values_ + k * dim_; }
-
-  // Bound on every |x'.c'| + |c'|^2/2 of a row with this norm: finite and below kLargest when the search can be trusted.
-  double magnitude(double row_norm) const { return row_norm * largest_norm_ + largest_half_; }
-
-  // Largest error of any score of such a row.
-  double error(double row_norm) const { return relative_ * magnitude(row_norm) + underflow(row_norm); }
-
-  // Error of the score of centroid k.
-  double error(double row_norm, int64_t k) const {
-    return relative_ * (row_norm * norm_.get()[k] - offset_.get()[k]) + underflow(row_norm);
-  }
-
-  // argmin_k sum (x - c_k)^2 in float64 over the centroids that `candidate(k)` lets through; -1 when all are NaN.
-  template <class F>
-  int64_t measure(const float* x, const F& candidate) const {
-    int64_t index = -1, waiting[4];
-    double lowest = 0, distance[4];
-    int count = 0;
-    const auto decide = [&] {
-      for (int j = count; j < 4; j++) waiting[j] = waiting[0];
-      measure4(x, waiting, distance);
-      for (int j = 0; j < count; j++) {
-        const bool lower = index < 0 ? distance[j] == distance[j] : distance[j] < lowest;
-        if (lower) lowest = distance[j], index = waiting[j];
-      }
-      count = 0;
-    };
-    for (int64_t k = 0; k < clusters_; k++) {
-      if (!candidate(k)) continue;
-      waiting[count++] = k;
-      if (count == 4) decide();
-    }
-    if (count > 0) decide();
-    return index;
-  }
-
- private:
-  // What rounding to zero or to subnormals may add, with or without flush-to-zero.
-  double underflow(double row_norm) const {
-    return static_cast<double>(dim_) * 0x1p-120 * (1 + row_norm + largest_norm_);
-  }
-
-  void measure4(const float* x, const int64_t* k, double* distance) const {
-    const float* c[4] = {row(k[0]), row(k[1]), row(k[2]), row(k[3])};
-    double sum[4] = {};
-    for (int64_t d = 0; d < dim_; d++) {
-      for (int j = 0; j < 4; j++) {
-        const double difference = static_cast<double>(x[d]) - static_cast<double>(c[j][d]);
-        sum[j] += difference * difference;
-      }
-    }
-    std::copy_n(sum, 4, distance);
-  }
-
-  // Centroids that no finite row can choose: not finite, or the same bits as one of lower index. Left in, copies would
-  // tie with the winner and send all its rows to float64.
-  void find_losers() {
-    loses_.assign(clusters_, 0);
-    keys_.resize(clusters_);
-    order_.resize(clusters_);
-    for (int64_t k = 0; k < clusters_; k++) {
-      uint64_t key = 0xcbf29ce484222325u;
-      uint32_t special = 0;
-      for (int64_t d = 0; d < dim_; d++) {
-        const uint32_t bits = bits_of(row(k)[d]);
-        special |= (bits & 0x7f800000u) == 0x7f800000u;
-        key = (key ^ bits) * 0x100000001b3u;
-        key ^= key >> 29;
-      }
-      loses_[k] = special != 0;
-      keys_[k] = key;
-    }
-    std::iota(order_.begin(), order_.end(), int64_t{0});
-    std::sort(order_.begin(), order_.end(),
-              [&](int64_t a, int64_t b) { return keys_[a] != keys_[b] ? keys_[a] < keys_[b] : a < b; });
-    // Equal keys stand together in rising order of index; each is compared with the first of its run.
-    int64_t first = 0;
-    for (int64_t i = 1; i < clusters_; i++) {
-      const int64_t a = order_[first], b = order_[i];
-      if (keys_[a] != keys_[b]) {
-        first = i;
-      } else if (std::memcmp(row(a), row(b), sizeof(float) * dim_) == 0) {
-        loses_[b] = 1;
-      }
-    }
-  }
-
-  void find_mean() {
-    total_.assign(dim_, 0.0);
-    int64_t count = 0;
-    for (int64_t k = 0; k < clusters_; k++) {
-      if (loses_[k]) continue;
-      count++;
-      for (int64_t d = 0; d < dim_; d++) total_[d] += row(k)[d];
-    }
-    for (int64_t d = 0; d < dim_; d++) {
-      mean_.get()[d] = static_cast<float>(total_[d] / static_cast<double>(std::max<int64_t>(count, 1)));
-    }
-  }
-
-  const Level& level_;
-  int64_t clusters_, dim_;
-  const float* values_ = nullptr;
-  Scratch<float> panels_, offset_, norm_, mean_;
-  std::vector<char> loses_;
-  std::vector<uint64_t> keys_;
-  std::vector<int64_t> order_;
-  std::vector<double> total_;
-  double relative_, largest_norm_ = 0, largest_half_ = 0;
-};
 
 // [rows, dim] of a 16-bit dtype as float32; float32 stays where it is.
 const float* widened(const Level& level, ScalarType dtype, const void* values, int64_t rows, int64_t dim,
@@ -309,7 +132,7 @@ class Searcher {
  private:
   void search_block(const float* x, int64_t rows, int64_t* index, float* distance) {
     for (int64_t n = 0; n < rows; n++) {
-      const double squares = level_.centre(x + n * dim_, codebook_.mean(), dim_, centred_.get() + n * dim_);
+      const double squares = level_.centre(x + n * dim_, codebook_.centre(), dim_, centred_.get() + n * dim_);
       // 1.01 and the added constant cover the float32 summation, also of squares below its range
       norm_[n] = std::sqrt(squares * 1.01 + static_cast<double>(dim_) * 0x1p-120);
     }
@@ -350,10 +173,10 @@ class Searcher {
 
 constexpr int64_t kShard = 1536;
 
-void search_float(const Level& level, const char* x, ScalarType x_dtype, const char* c, ScalarType c_dtype, int64_t rows,
-                  int64_t clusters, int64_t dim, int64_t* index, float* distance) {
+void search_float(const Level& level, const char* x, ScalarType x_dtype, const char* c, ScalarType c_dtype,
+                  int64_t rows, int64_t clusters, int64_t dim, int64_t* index, float* distance) {
   Scratch<float> wide;
-  Codebook codebook(level, clusters, dim);
+  Codebook codebook(level.lanes, level.width, clusters, dim);
   codebook.pack(widened(level, c_dtype, c, clusters, dim, wide));
   const int64_t bytes = dim * (x_dtype == ScalarType::Float ? 4 : 2);
   torch::stable::parallel_for(0, (rows + kShard - 1) / kShard, 1, [&](int64_t begin, int64_t end) {

@@ -98,7 +98,6 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
-
 // Defined in centroids.cpp: x [B, N, D], centroids [B, K, D] -> index [B, N], distance [B, N].
 std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids);
 

@@ -1,8 +1,10 @@
-// The inner loops of the nearest-centroid search for one instruction set. Included once per level by centroids.cpp, which
-// sets CLUSTERQ_LEVEL (a namespace) and CLUSTERQ_LANES (floats per register: 16, 8 or 4) and the compiler's target; hence
-// no include guard, and nothing from the standard library, whose shared template instances must not use that target.
+// The inner loops of the nearest-centroid search for one instruction set. Included once per level by centroids.cpp,
+// which sets CLUSTERQ_LEVEL (a namespace) and CLUSTERQ_LANES (floats per register: 16, 8 or 4) and the compiler's
+// target; hence no include guard, and nothing from the standard library, whose shared template instances must not use
+// that target.
 //
-// Score of centroid k for a row: x'.c'_k - |c'_k|^2 / 2, largest wins, with x' and c' relative to the mean of the centroids.
+// Score of centroid k for a row: x'.c'_k - |c'_k|^2 / 2, largest wins, with x' and c' relative to the mean of the
+// centroids.
 
 namespace CLUSTERQ_LEVEL {
 
@@ -98,8 +100,8 @@ CLUSTERQ_INLINE void accumulate(const float* rows, int64_t dim, const float* pan
 }
 
 template <int R, int V>
-CLUSTERQ_INLINE void search_panel(const float* rows, int64_t dim, const float* panel, const float* offset, int64_t first,
-                                  State* state) {
+CLUSTERQ_INLINE void search_panel(const float* rows, int64_t dim, const float* panel, const float* offset,
+                                  int64_t first, State* state) {
   Floats sum[R][V];
   accumulate<R, V>(rows, dim, panel, offset, sum);
 #pragma GCC unroll 12
@@ -183,7 +185,8 @@ void search(const Book& book, const float* rows, int64_t count, void* memory, Fo
 }
 
 template <int V>
-CLUSTERQ_INLINE void score_panel(const float* row, int64_t dim, const float* panel, const float* offset, float* scores) {
+CLUSTERQ_INLINE void score_panel(const float* row, int64_t dim, const float* panel, const float* offset,
+                                 float* scores) {
   Floats sum[1][V];
   accumulate<1, V>(row, dim, panel, offset, sum);
   for (int v = 0; v < V; v++) save(scores + v * kLanes, sum[0][v]);
@@ -212,18 +215,18 @@ void widen_row(const void* source, int64_t dim, float* target) {
 typedef float Floats8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double Doubles8 __attribute__((vector_size(64), may_alias));
 
-// target = row - mean, which may be in place; returns the sum of the squares.
-float centre(const float* row, const float* mean, int64_t dim, float* target) {
+// target = row - origin; returns the sum of the squares.
+float centre(const float* row, const float* origin, int64_t dim, float* target) {
   Floats8 squares = {};
   int64_t d = 0;
   for (; d + 8 <= dim; d += 8) {
-    const Floats8 value = *reinterpret_cast<const Floats8*>(row + d) - *reinterpret_cast<const Floats8*>(mean + d);
+    const Floats8 value = *reinterpret_cast<const Floats8*>(row + d) - *reinterpret_cast<const Floats8*>(origin + d);
     *reinterpret_cast<Floats8*>(target + d) = value;
     squares += value * value;
   }
   float total = 0;
   for (; d < dim; d++) {
-    target[d] = row[d] - mean[d];
+    target[d] = row[d] - origin[d];
     total += target[d] * target[d];
   }
   for (int j = 0; j < 8; j++) total += squares[j];
@@ -284,7 +287,7 @@ void search_double(const double* const rows[4], int64_t dim, const double* panel
   }
 }
 
-const Level level = {kLanes,   kWidth, sizeof(State), search,   score, widen_row<BFloat16Bits>, widen_row<HalfBits>, centre,
-                     distance, search_double};
+const Level level = {kLanes, kWidth,   sizeof(State), search, score, widen_row<BFloat16Bits>, widen_row<HalfBits>,
+                     centre, distance, search_double};
 
 }  // namespace CLUSTERQ_LEVEL

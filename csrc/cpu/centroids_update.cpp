@@ -1,14 +1,14 @@
 // The moving average of the centroids and the gradient of the distance on the CPU.
 //
-// Rows are ordered by centroid with a stable counting sort and cut into segments of at most kSegment rows of one centroid.
-// Segments are summed in parallel, in float64 and in row order, then merged in order: the result depends neither on the
-// number of threads nor on their timing.
-#include "centroids_common.h"
-
+// Rows are ordered by centroid with a stable counting sort and cut into segments of at most kSegment rows of one
+// centroid. Segments are summed in parallel, in float64 and in row order, then merged in order: the result depends
+// neither on the number of threads nor on their timing.
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
+
+#include "centroids_common.h"
 
 namespace clusterq {
 namespace centroids {
@@ -100,7 +100,9 @@ CLUSTERQ_CLONES void add(const double* x, const int64_t* order, int64_t count, c
 }
 
 // Work items per thread below which starting a thread does not pay.
-int64_t grain(int64_t elements_per_item) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_item)); }
+int64_t grain(int64_t elements_per_item) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, elements_per_item));
+}
 
 // partial [segments, dim] = sums over the segments' rows, by `sum_rows(segment, target)`.
 template <class F>
@@ -108,10 +110,11 @@ double* sum_segments(const Grouping& groups, int64_t dim, Scratch<double>& memor
   const int64_t count = static_cast<int64_t>(groups.segments.size());
   double* partial = memory.reserve(std::max<int64_t>(1, count * dim));
   const int64_t rows = static_cast<int64_t>(groups.order.size());
-  torch::stable::parallel_for(0, count, grain(dim * (rows / std::max<int64_t>(1, count) + 1)), [&](int64_t b, int64_t e) {
-    std::fill(partial + b * dim, partial + e * dim, 0.0);
-    for (int64_t s = b; s < e; s++) sum_rows(groups.segments[s], partial + s * dim);
-  });
+  torch::stable::parallel_for(0, count, grain(dim * (rows / std::max<int64_t>(1, count) + 1)),
+                              [&](int64_t b, int64_t e) {
+                                std::fill(partial + b * dim, partial + e * dim, 0.0);
+                                for (int64_t s = b; s < e; s++) sum_rows(groups.segments[s], partial + s * dim);
+                              });
   return partial;
 }
 
@@ -126,15 +129,12 @@ double* merge(const Grouping& groups, int64_t slot, int64_t dim, double* partial
   return total;
 }
 
-std::vector<double> weights_of(const std::optional<Tensor>& weights, int64_t count) {
-  std::vector<double> values;
-  if (!weights.has_value()) return values;
-  const Tensor dense = torch::stable::contiguous(*weights);
-  check_numel(dense, count, "weights");
-  values.resize(count);
-  dispatch(dense.scalar_type(), "weights", [&](auto tag) {
-    const auto* source = static_cast<const decltype(tag)*>(dense.const_data_ptr());
-    for (int64_t n = 0; n < count; n++) values[n] = widen(source[n]);
+// Values of a contiguous tensor of any floating dtype.
+std::vector<double> doubles_of(const Tensor& tensor, const char* name) {
+  std::vector<double> values(tensor.numel());
+  dispatch(tensor.scalar_type(), name, [&](auto tag) {
+    const auto* source = static_cast<const decltype(tag)*>(tensor.const_data_ptr());
+    for (size_t n = 0; n < values.size(); n++) values[n] = widen(source[n]);
   });
   return values;
 }
@@ -154,7 +154,11 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
   check_numel(index, batch * rows, "index");
   check_dtype(size, ScalarType::Float, "cluster_size");
   check_numel(size, batch * clusters, "cluster_size");
-  const std::vector<double> weights = weights_of(weights_any, batch * rows);
+  std::vector<double> weights;
+  if (weights_any.has_value()) {
+    check_numel(*weights_any, batch * rows, "weights");
+    weights = doubles_of(torch::stable::contiguous(*weights_any), "weights");
+  }
   const double* weight = weights.empty() ? nullptr : weights.data();
   const Grouping groups = group(static_cast<const int64_t*>(index.const_data_ptr()), weight, batch, rows, clusters);
 
@@ -200,18 +204,36 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
 }
 
 // flow = 2 g (x - c): the gradient of the row, and minus its share of the centroid's.
-template <class X, class C, class G>
-void backward_rows(const X* x, const C* centroid, const G* grad, const int64_t* order, int64_t count, int64_t dim,
-                   X* __restrict grad_x, double* __restrict sum) {
+template <class T>
+CLUSTERQ_INLINE void flow_rows(const T* x, const double* centroid, const double* grad, const int64_t* order,
+                               int64_t count, int64_t dim, T* __restrict grad_x, double* __restrict sum) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t row = order[i];
-    const double slope = 2.0 * grad[row];
+    const double slope = 2 * grad[row];
+    if (i + 4 < count) __builtin_prefetch(x + order[i + 4] * dim);
     for (int64_t d = 0; d < dim; d++) {
-      const double flow = slope * (static_cast<double>(widen(x[row * dim + d])) - static_cast<double>(widen(centroid[d])));
+      const double flow = slope * (static_cast<double>(widen(x[row * dim + d])) - centroid[d]);
       store(grad_x + row * dim + d, flow);
       sum[d] += flow;
     }
   }
+}
+
+CLUSTERQ_CLONES void flow(const float* x, const double* centroid, const double* grad, const int64_t* order,
+                          int64_t count, int64_t dim, float* __restrict grad_x, double* __restrict sum) {
+  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
+}
+CLUSTERQ_CLONES void flow(const BFloat16Bits* x, const double* centroid, const double* grad, const int64_t* order,
+                          int64_t count, int64_t dim, BFloat16Bits* __restrict grad_x, double* __restrict sum) {
+  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
+}
+CLUSTERQ_CLONES void flow(const HalfBits* x, const double* centroid, const double* grad, const int64_t* order,
+                          int64_t count, int64_t dim, HalfBits* __restrict grad_x, double* __restrict sum) {
+  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
+}
+CLUSTERQ_CLONES void flow(const double* x, const double* centroid, const double* grad, const int64_t* order,
+                          int64_t count, int64_t dim, double* __restrict grad_x, double* __restrict sum) {
+  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
 }
 
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& centroids_any,
@@ -233,41 +255,32 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   const Grouping groups = group(labels, nullptr, batch, rows, clusters);
   Tensor grad_x = torch::stable::new_empty(x, {batch, rows, dim});
   Tensor grad_centroids = torch::stable::new_empty(centroids, {batch, clusters, dim});
+  const std::vector<double> slopes = doubles_of(grad, "grad");
+  const std::vector<double> means = doubles_of(centroids, "centroids");
   Scratch<double> memory;
   double* partial = nullptr;
-
-  const auto run = [&](auto x_tag, auto c_tag, auto g_tag) {
-    using X = decltype(x_tag);
-    using C = decltype(c_tag);
-    using G = decltype(g_tag);
-    const X* points = static_cast<const X*>(x.const_data_ptr());
-    const C* means = static_cast<const C*>(centroids.const_data_ptr());
-    const G* slopes = static_cast<const G*>(grad.const_data_ptr());
-    X* out = static_cast<X*>(grad_x.mutable_data_ptr());
+  dispatch(x.scalar_type(), "x", [&](auto tag) {
+    using T = decltype(tag);
+    const T* points = static_cast<const T*>(x.const_data_ptr());
+    T* out = static_cast<T*>(grad_x.mutable_data_ptr());
     for (int64_t row = 0; row < batch * rows; row++) {
-      if (labels[row] < 0) std::memset(static_cast<void*>(out + row * dim), 0, sizeof(X) * dim);
+      if (labels[row] < 0) std::memset(static_cast<void*>(out + row * dim), 0, sizeof(T) * dim);
     }
     partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
-      backward_rows(points, means + segment.slot * dim, slopes, groups.order.data() + segment.begin,
-                    segment.end - segment.begin, dim, out, sum);
+      flow(points, means.data() + segment.slot * dim, slopes.data(), groups.order.data() + segment.begin,
+           segment.end - segment.begin, dim, out, sum);
     });
-    C* out_centroids = static_cast<C*>(grad_centroids.mutable_data_ptr());
+  });
+  dispatch(centroids.scalar_type(), "centroids", [&](auto tag) {
+    using T = decltype(tag);
+    T* out = static_cast<T*>(grad_centroids.mutable_data_ptr());
     torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; slot++) {
         const double* total = merge(groups, slot, dim, partial);
-        for (int64_t d = 0; d < dim; d++) store(out_centroids + slot * dim + d, total == nullptr ? 0.0 : -total[d]);
+        for (int64_t d = 0; d < dim; d++) store(out + slot * dim + d, total == nullptr ? 0.0 : -total[d]);
       }
     });
-  };
-  if (wide) {
-    run(double{}, double{}, double{});
-  } else {
-    dispatch(x.scalar_type(), "x", [&](auto x_tag) {
-      dispatch(centroids.scalar_type(), "centroids", [&](auto c_tag) {
-        if constexpr (sizeof(x_tag) != sizeof(double) && sizeof(c_tag) != sizeof(double)) run(x_tag, c_tag, float{});
-      });
-    });
-  }
+  });
   return {grad_x, grad_centroids};
 }
 

@@ -4,8 +4,16 @@
 namespace clusterq {
 namespace {
 
-template <typename T, typename A, typename G>
-CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, G grids, Activation<A> activation) {
+template <typename T, typename A>
+CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, OneGrid<A> grids,
+                                 Activation<A> activation) {
+  const Steps<A> steps = to_steps(grids.grid, activation);
+  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
+}
+
+template <typename T, typename A>
+CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, GridRow<A> grids,
+                                 Activation<A> activation) {
   for (int64_t i = 0; i < n; ++i)
     y[i] = store<T>(fake_quantize(clamp(load<A>(x[i]), activation.low, activation.high), grids.at(i)));
 }
@@ -13,7 +21,8 @@ CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t
 template <typename T, typename A, typename G>
 CLUSTERQ_CLONES void backward_run(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, int64_t n,
                                   G grids, Activation<A> activation) {
-  for (int64_t i = 0; i < n; ++i) grad_x[i] = passes(load<A>(x[i]), grids.at(i), activation) ? grad[i] : T{};
+  for (int64_t i = 0; i < n; ++i)
+    grad_x[i] = store<T>(masked_gradient(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation));
 }
 
 template <typename T, typename A, typename Q, typename G>

@@ -149,6 +149,9 @@ inline Tensor like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// The wrapped `contiguous` goes through the dispatcher even when there is nothing to do.
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Dense memory seen as [outer, channels, inner]; [1, 1, numel] without a channel axis.
@@ -218,18 +221,19 @@ struct Pattern {
 // one thread.
 template <typename F>
 void for_pattern(const Walk& walk, const Pattern& pattern, const F& body) {
-  const int64_t total = walk.numel();
-  parallel_for(0, pattern.shards * pattern.columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t shard = task / pattern.columns, column = task % pattern.columns * Walk::kBlock;
-      const int64_t last = std::min(pattern.rows, (shard + 1) * pattern.rows_per_shard);
-      for (int64_t row = shard * pattern.rows_per_shard; row < last; ++row) {
-        const int64_t first = row * pattern.row + column;
-        const int64_t length = std::min({Walk::kBlock, pattern.row - column, total - first});
-        if (length > 0) body(first, length, column, shard);
-      }
-    }
-  });
+  const int64_t total = walk.numel(), per_task = pattern.rows_per_shard * std::min(pattern.row, Walk::kBlock);
+  parallel_for(0, pattern.shards * pattern.columns, ceil_div(2 * Walk::kBlock, per_task),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t shard = task / pattern.columns, column = task % pattern.columns * Walk::kBlock;
+                   const int64_t last = std::min(pattern.rows, (shard + 1) * pattern.rows_per_shard);
+                   for (int64_t row = shard * pattern.rows_per_shard; row < last; ++row) {
+                     const int64_t first = row * pattern.row + column;
+                     const int64_t length = std::min({Walk::kBlock, pattern.row - column, total - first});
+                     if (length > 0) body(first, length, column, shard);
+                   }
+                 }
+               });
 }
 
 // Grids of all channels, and the two ways a vector loop sees them: one for the run, or one per element of the row.
@@ -268,7 +272,7 @@ struct Grids {
     check_dtype(zero_point, dtype, "zero_point");
     check_numel(scale, walk.channels, "scale");
     check_numel(zero_point, walk.channels, "zero_point");
-    const Tensor s = torch::stable::contiguous(scale), z = torch::stable::contiguous(zero_point);
+    const Tensor s = packed(scale), z = packed(zero_point);
     return Grids(static_cast<const A*>(s.const_data_ptr()), static_cast<const A*>(z.const_data_ptr()), walk.channels,
                  low, high);
   }

@@ -18,11 +18,10 @@ CLUSTERQ_CLONES void learned_run(const T* __restrict grad, const T* __restrict x
   double sum_scale = 0, sum_outside = 0;
 #pragma omp simd reduction(+ : sum_scale, sum_outside)
   for (int64_t i = 0; i < n; ++i) {
-    const A value = load<A>(x[i]), g = load<A>(grad[i]);
-    const LearnedTerm<A> term = learned_term(value, grids.grid, activation);
-    grad_x[i] = term.passes ? grad[i] : T{};
-    sum_scale += value == value ? double(g) * double(term.slope) : 0.0;
-    sum_outside += term.outside ? double(g) : 0.0;
+    const LearnedTerm<A> term = learned_term(load<A>(x[i]), load<A>(grad[i]), grids.grid, activation);
+    grad_x[i] = store<T>(term.x);
+    sum_scale += double(term.grad) * double(term.slope);
+    sum_outside += double(term.outside);
   }
   *sums = {sum_scale, sum_outside};
 }
@@ -32,11 +31,10 @@ CLUSTERQ_CLONES void learned_row(const T* __restrict grad, const T* __restrict x
                                  GridRow<A> grids, Activation<A> activation, double* __restrict sum_scale,
                                  double* __restrict sum_outside) {
   for (int64_t i = 0; i < n; ++i) {
-    const A value = load<A>(x[i]), g = load<A>(grad[i]);
-    const LearnedTerm<A> term = learned_term(value, grids.at(i), activation);
-    grad_x[i] = term.passes ? grad[i] : T{};
-    sum_scale[i] += value == value ? double(g) * double(term.slope) : 0.0;
-    sum_outside[i] += term.outside ? double(g) : 0.0;
+    const LearnedTerm<A> term = learned_term(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation);
+    grad_x[i] = store<T>(term.x);
+    sum_scale[i] += double(term.grad) * double(term.slope);
+    sum_outside[i] += double(term.outside);
   }
 }
 
@@ -151,8 +149,8 @@ CLUSTERQ_CLONES void range_row(const T* __restrict x, int64_t n, Activation<A> a
 }
 
 template <typename T, typename A>
-CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, OneGrid<A> grids) {
-  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), grids.grid));
+CLUSTERQ_CLONES void quantize_channel(const T* __restrict x, T* __restrict y, int64_t n, Steps<A> steps) {
+  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
 }
 
 template <typename T, typename A>
@@ -214,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> weight(const Tensor& input, int64_t quant_min
       for (int64_t c = begin; c < end; ++c) {
         Range<A> range;
         range_run<T, A>(from + c * n, n, none, &range);
-        forward_run<T, A>(from + c * n, to + c * n, n, OneGrid<A>{grid_of(c, range)});
+        quantize_channel<T, A>(from + c * n, to + c * n, n, to_steps(grid_of(c, range), none));
       }
     });
   });
@@ -234,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> observe(const Tensor& input, Tensor running_m
   check_numel(running_max, walk.channels, "running_max");
   Tensor scale = torch::stable::new_empty(running_min, running_min.sizes());
   Tensor zero_point = torch::stable::new_empty(running_min, running_min.sizes());
-  Tensor minimum = torch::stable::contiguous(running_min), maximum = torch::stable::contiguous(running_max);
+  Tensor minimum = packed(running_min), maximum = packed(running_max);
   for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using A = decltype(arithmetic);
@@ -263,11 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> observe(const Tensor& input, Tensor running_m
 }
 
 template <typename A>
-CLUSTERQ_CLONES double squared_error(const A* __restrict x, int64_t n, Grid<A> grid) {
+CLUSTERQ_CLONES double squared_error(const A* __restrict x, int64_t n, Steps<A> steps) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const double difference = double(fake_quantize(x[i], grid) - x[i]);
+    const double difference = double(fake_quantize(x[i], steps) - x[i]);
     sum += difference * difference;
   }
   return sum;
@@ -300,7 +298,7 @@ Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_point
   check_numel(zero_points, candidates * walk.channels, "zero_points");
   check_dtype(scales, compute_dtype(x.scalar_type()), "scales");
   check_dtype(zero_points, compute_dtype(x.scalar_type()), "zero_points");
-  const Tensor s = torch::stable::contiguous(scales), z = torch::stable::contiguous(zero_points);
+  const Tensor s = packed(scales), z = packed(zero_points);
   Tensor result = torch::stable::new_zeros(scales, scales.sizes(), ScalarType::Double);
   if (walk.numel() == 0) return result;
   const int64_t length = walk.outer * walk.inner, blocks = ceil_div(length, kErrorBlock);
@@ -311,7 +309,8 @@ Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_point
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* scale = static_cast<const A*>(s.const_data_ptr());
     const auto* zero_point = static_cast<const A*>(z.const_data_ptr());
-    parallel_for(0, walk.channels * blocks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t per_task = std::max<int64_t>(1, std::min(length, kErrorBlock) * candidates);
+    parallel_for(0, walk.channels * blocks, ceil_div(2 * Walk::kBlock, per_task), [&](int64_t begin, int64_t end) {
       std::vector<A> values(std::min(length, kErrorBlock));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t c = task / blocks, start = task % blocks * kErrorBlock, n = std::min(kErrorBlock, length - start);
@@ -320,7 +319,7 @@ Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_point
           const A step = scale[m * walk.channels + c];
           const Grid<A> grid{step, A(1) / step, zero_point[m * walk.channels + c], static_cast<A>(quant_min),
                              static_cast<A>(quant_max)};
-          partial[task * candidates + m] = squared_error<A>(values.data(), n, grid);
+          partial[task * candidates + m] = squared_error<A>(values.data(), n, to_steps(grid, activation_of<A>("none")));
         }
       }
     });

@@ -1,0 +1,79 @@
+"""Batch and class statistics from instance statistics, by Chan's rule: plain PyTorch, differentiable everywhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reciprocal(count: int) -> float:
+    return 1.0 / count if count > 0 else math.nan
+
+
+def check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
+    if vector.shape != (size,):
+        raise ValueError(f"{name} has shape {tuple(vector.shape)}; wanted ({size},)")
+    if vector.device != device:
+        raise ValueError(f"{name} is on {vector.device}; wanted {device}")
+    if vector.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {vector.dtype}; wanted {' or '.join(str(d) for d in dtypes)}")
+
+
+def check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: int, device: torch.device) -> None:
+    check_vector("labels", labels, images, device, (torch.int64,))
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; wanted at least 1")
+    if mask is not None:
+        check_vector("mask", mask, images, device, (torch.bool,))
+
+
+def membership(labels: Tensor, num_classes: int, mask: Tensor | None) -> Tensor:
+    """Bool [N, K]: image n belongs to class k. Labels outside the classes belong to none."""
+    member = labels[:, None] == torch.arange(num_classes, device=labels.device)
+    return member if mask is None else member & mask[:, None]
+
+
+def merge_instance_statistics(mean: Tensor, var: Tensor, spatial: int, correction: int = 0) -> tuple[Tensor, Tensor]:
+    """Batch statistics from instance statistics (Chan's rule with equal counts); differentiable.
+
+    Args:
+        mean, var: [N, C], biased.
+        spatial: values per image and channel, prod(x.shape[2:]).
+        correction: as for `batch_norm_statistics`.
+
+    Returns:
+        mean [C] and var [C] in the dtype of mean; NaN as for `batch_norm_statistics`.
+    """
+    wide, values = mean.double(), mean.shape[0] * spatial
+    center = wide.mean(0)
+    merged = (var.double() + (wide - center).square()).mean(0) * (values * reciprocal(values - correction))
+    return center.to(mean.dtype), merged.to(mean.dtype)
+
+
+def merge_class_statistics(
+    mean: Tensor, var: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class statistics from instance statistics (Chan's rule with equal counts); differentiable, no host sync.
+
+    Sums are products with the one-hot labels in float64: repeatable, and out of reach of autocast and TF32. A
+    non-finite instance of any class makes its channel non-finite in all classes; an image without a class never does.
+
+    Args:
+        mean, var: [N, C], biased, of images with the same spatial extent.
+        labels, num_classes, mask: as for `class_statistics`.
+
+    Returns:
+        count [K] int64, mean [K, C], var [K, C] in the dtype of mean; 0 for a class without images.
+    """
+    check_labels(labels, num_classes, mask, mean.shape[0], mean.device)
+    member = membership(labels, num_classes, mask)
+    count = member.sum(0)
+    inside = member.any(1)[:, None]
+    share = member.double()
+    average = share.t() / count.clamp(min=1)[:, None]
+    wide = torch.where(inside, mean, 0).double()
+    center = average @ wide
+    merged = average @ (torch.where(inside, var, 0).double() + (wide - share @ center).square())
+    return count, center.to(mean.dtype), merged.to(mean.dtype)

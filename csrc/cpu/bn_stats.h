@@ -1,0 +1,136 @@
+// BatchNorm statistics on the CPU: the table of SIMD kernels, and what the forward and backward files share.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "check.h"
+
+namespace clusterq::bn_stats {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// Arithmetic type: 16-bit inputs are computed in float32.
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Longest run that is summed in E before it joins a double; also bounds the cost of recomputing one run.
+constexpr int64_t kRun = 4096;
+
+// Kernels over one block of an image: `planes` blocks are C runs of `length` consecutive elements, `stride` apart;
+// `rows` blocks are rows of C consecutive channels. Sums are of shifted values: s1[c] = sum(x - shift[c]), s2[c] = sum
+// of squares. All give the same bits on every instruction set: fixed 64-byte lanes, fixed trees, no fused multiply-add.
+template <class T>
+struct Kernels {
+  using E = Compute<T>;
+  void (*plane_sums)(const T* x, int64_t channels, int64_t stride, int64_t length, const E* shift, E* s1, E* s2);
+  // The same sums, and y = (x - center) * scale + bias.
+  void (*plane_norm)(const T* x, T* y, int64_t channels, int64_t stride, int64_t length, const E* shift,
+                     const E* center, const E* scale, const E* bias, E* s1, E* s2);
+  // s1[c] = sum(g), s2[c] = sum(g * (x - center)).
+  void (*plane_dot)(const T* x, const T* g, int64_t channels, int64_t stride, int64_t length, const E* center, E* s1,
+                    E* s2);
+  // out = a * (x - center) + b, plus scale * g where g is given.
+  void (*plane_affine)(const T* x, const T* g, T* out, int64_t channels, int64_t length, const E* center, const E* a,
+                       const E* b, const E* scale);
+  // Rows kernels treat `fold` rows as one of width fold * C, so that few channels still fill the lanes. Per-channel
+  // arguments are repeated fold times; s1 and s2 have room for fold * C + 16 and return C sums.
+  void (*row_sums)(const T* x, int64_t rows, int64_t channels, int64_t fold, const E* shift, E* s1, E* s2);
+  void (*row_norm)(const T* x, T* y, int64_t rows, int64_t channels, int64_t fold, const E* shift, const E* center,
+                   const E* scale, const E* bias, E* s1, E* s2);
+  void (*row_dot)(const T* x, const T* g, int64_t rows, int64_t channels, int64_t fold, const E* center, E* s1, E* s2);
+  void (*row_affine)(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold, const E* center,
+                     const E* a, const E* b, const E* scale);
+  // Means and centered squares of a block from its shifted sums. `suspects` receives the channels whose shift was so
+  // far from the mean, or whose sums overflowed, that digits were lost; returns how many.
+  int64_t (*finish)(int64_t channels, double count, const E* shift, const E* s1, const E* s2, double* mean, double* m2,
+                    int32_t* suspects);
+  // Two passes in double over `length` elements, `stride` apart: the answer for suspects.
+  void (*exact)(const T* x, int64_t length, int64_t stride, double* mean, double* m2);
+  // Moments of single elements.
+  void (*to_double)(const T* x, int64_t count, double* mean, double* m2);
+  // Chan's rule over channels: (count_a, mean_a, m2_a) += (count_b, mean_b, m2_b).
+  void (*merge)(int64_t channels, double count_a, double* mean_a, double* m2_a, double count_b, const double* mean_b,
+                const double* m2_b);
+};
+
+// The kernels of the best instruction set that this processor has and ATEN_CPU_CAPABILITY allows.
+template <class T>
+const Kernels<T>& kernels();
+
+// x as [N, C, S], dense, with either positions or channels innermost (`rows`); `tensor` keeps the memory alive.
+struct View {
+  Tensor tensor;
+  int64_t images, channels, spatial;
+  bool rows;
+
+  int64_t numel() const { return images * channels * spatial; }
+  template <class T>
+  const T* data() const {
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+};
+
+// A view of x itself where it is dense in either order, of a contiguous copy otherwise.
+View view(const Tensor& x);
+
+// `tensor` in the memory order of x, copied if it is in another one.
+Tensor in_order_of(const View& x, const Tensor& tensor, const char* name);
+
+// Uninitialised, with the shape, dtype and strides of x.
+Tensor empty_like(const View& x);
+
+// float32, or float64 for float64 x.
+ScalarType statistics_dtype(const View& x);
+
+// A contiguous [rows, C] argument of the statistics' dtype; `rows` 0 means that 1 and N are both allowed.
+Tensor coefficients(const View& x, const Tensor& tensor, int64_t rows, const char* name);
+
+// Rows of C channels that are folded into one, so that a row fills four lanes' worth of registers.
+inline int64_t fold(int64_t channels) { return std::max<int64_t>(1, (64 + channels - 1) / channels); }
+
+// Rows per block of a channels-innermost tensor: short enough to stay in the L2 cache until recomputed.
+inline int64_t block_rows(int64_t channels) {
+  return std::clamp<int64_t>(65536 / std::max<int64_t>(1, channels), 32, 1024);
+}
+
+// Work is cut into this many shards whatever the number of threads, so that results do not depend on it.
+constexpr int64_t kShards = 16;
+
+// Shards run in parallel when the tensor is worth it.
+inline int64_t grain(const View& x, int64_t shards) { return x.numel() < 32768 ? std::max<int64_t>(1, shards) : 1; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// `values` [C] repeated `times`; out may be values itself.
+template <class E>
+void repeat(const E* values, int64_t channels, int64_t times, E* out) {
+  for (int64_t f = out == values ? 1 : 0; f < times; ++f) std::copy_n(values, channels, out + f * channels);
+}
+
+// Calls f with a value of the element type of x.
+template <class F>
+auto dispatch(const View& x, F f) {
+  switch (x.tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Float16{});
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, bfloat16, float16 or float64");
+  }
+}
+
+}  // namespace clusterq::bn_stats

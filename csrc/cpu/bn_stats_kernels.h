@@ -1,0 +1,531 @@
+// SIMD bodies of bn_stats, compiled once per instruction set: bn_stats_kernels.cpp includes this file inside a target
+// region with CLUSTERQ_ISA (namespace) and CLUSTERQ_VECTOR_BYTES (register width) defined. No include guard on purpose.
+//
+// A Vec is always 64 bytes, made of as many registers as that takes, so that every instruction set adds in the same
+// order.
+
+#define CLUSTERQ_INLINE static inline __attribute__((always_inline))
+
+namespace clusterq::bn_stats::CLUSTERQ_ISA {
+
+constexpr int kParts = 64 / CLUSTERQ_VECTOR_BYTES;
+
+template <class E>
+struct Native;
+
+template <>
+struct Native<float> {
+  typedef float type __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES)));
+  typedef float unaligned __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t index;
+  typedef int32_t mask __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES)));
+};
+
+template <>
+struct Native<double> {
+  typedef double type __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES)));
+  typedef double unaligned __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t index;
+  typedef int64_t mask __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES)));
+};
+
+typedef uint32_t Words __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint16_t DenseHalves __attribute__((vector_size(CLUSTERQ_VECTOR_BYTES / 2)));
+typedef Native<float>::type Floats;
+
+template <class E>
+struct Vec {
+  typename Native<E>::type v[kParts];
+};
+
+template <class E>
+constexpr int kLanes = 64 / static_cast<int>(sizeof(E));
+template <class E>
+constexpr int kPartLanes = CLUSTERQ_VECTOR_BYTES / static_cast<int>(sizeof(E));
+
+template <class E>
+CLUSTERQ_INLINE Vec<E> add(Vec<E> a, const Vec<E>& b) {
+  for (int k = 0; k < kParts; ++k) a.v[k] += b.v[k];
+  return a;
+}
+
+template <class E>
+CLUSTERQ_INLINE Vec<E> sub(Vec<E> a, const Vec<E>& b) {
+  for (int k = 0; k < kParts; ++k) a.v[k] -= b.v[k];
+  return a;
+}
+
+template <class E>
+CLUSTERQ_INLINE Vec<E> mul(Vec<E> a, const Vec<E>& b) {
+  for (int k = 0; k < kParts; ++k) a.v[k] *= b.v[k];
+  return a;
+}
+
+template <class E>
+CLUSTERQ_INLINE Vec<E> splat(E value) {
+  Vec<E> out;
+  for (int k = 0; k < kParts; ++k) out.v[k] = value - typename Native<E>::type{};
+  return out;
+}
+
+// The last `count` lanes of a, zero before them.
+template <class E>
+CLUSTERQ_INLINE Vec<E> keep_last(Vec<E> a, int64_t count) {
+  using Mask = typename Native<E>::mask;
+  const auto first = static_cast<typename Native<E>::index>(kLanes<E> - count);
+  for (int k = 0; k < kParts; ++k) {
+    Mask lane;
+    for (int i = 0; i < kPartLanes<E>; ++i) lane[i] = k * kPartLanes<E> + i;
+    const Mask keep = lane >= first - Mask{};
+    a.v[k] = (typename Native<E>::type)((Mask)a.v[k] & keep);
+  }
+  return a;
+}
+
+// Lane i + kBy of a at lane i.
+template <class E, int kBy, int... kLane>
+CLUSTERQ_INLINE typename Native<E>::type rotate(typename Native<E>::type a, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, a, ((kLane + kBy) % kPartLanes<E>)...);
+#else
+  return __builtin_shuffle(a, typename Native<E>::mask{((kLane + kBy) % kPartLanes<E>)...});
+#endif
+}
+
+// Sum of the lanes by halving: lane i with lane i + L/2, and so on.
+template <class E, int kWidth = kLanes<E> / 2>
+CLUSTERQ_INLINE E sum(Vec<E> a) {
+  if constexpr (kWidth >= kPartLanes<E>) {
+    for (int k = 0; k < kWidth / kPartLanes<E>; ++k) a.v[k] += a.v[k + kWidth / kPartLanes<E>];
+  } else {
+    a.v[0] += rotate<E, kWidth>(a.v[0], std::make_integer_sequence<int, kPartLanes<E>>{});
+  }
+  if constexpr (kWidth == 1) {
+    return a.v[0][0];
+  } else {
+    return sum<E, kWidth / 2>(a);
+  }
+}
+
+CLUSTERQ_INLINE Floats widen(BFloat16, Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+
+CLUSTERQ_INLINE Halves narrow(BFloat16, Floats f) {
+  const Words u = (Words)f;
+  const Words rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
+  const Words nan = (Words)(f != f);
+  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), DenseHalves);
+}
+
+#if CLUSTERQ_VECTOR_BYTES == 64
+CLUSTERQ_INLINE Floats widen(Float16, Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
+CLUSTERQ_INLINE Halves narrow(Float16, Floats f) {
+  return (Halves)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif CLUSTERQ_VECTOR_BYTES == 32
+CLUSTERQ_INLINE Floats widen(Float16, Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+CLUSTERQ_INLINE Halves narrow(Float16, Floats f) {
+  return (Halves)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+CLUSTERQ_INLINE Floats widen(Float16, Halves h) {
+  const Words u = __builtin_convertvector(h, Words);
+  const Words magnitude = (u & 0x7fffu) << 13;
+  // Multiplying by 2^112 moves the exponent bias from 15 to 127 and makes half subnormals normal.
+  const Words rebiased = (Words)((Floats)magnitude * 0x1p112f);
+  const Words special = (Words)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (Floats)(rebiased | special | ((u & 0x8000u) << 16));
+}
+
+CLUSTERQ_INLINE Halves narrow(Float16, Floats f) {
+  const Words u = (Words)f;
+  const Words magnitude = u & 0x7fffffffu;
+  const Words normal = ((magnitude + (0xfffu + ((magnitude >> 13) & 1u))) >> 13) - (112u << 10);
+  // Adding 0.5 rounds at 2^-24, the step of half subnormals, to even.
+  const Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;
+  const Words small = (Words)(magnitude < (113u << 23));
+  const Words huge = (Words)(magnitude >= 0x477ff000u);
+  const Words nan = (Words)(f != f);
+  Words h = (subnormal & small) | (normal & ~small);
+  h = (h & ~huge) | (0x7c00u & huge);
+  h = (h & ~nan) | (0x7e00u & nan);
+  return __builtin_convertvector(h | ((u >> 16) & 0x8000u), DenseHalves);
+}
+#endif
+
+template <class T>
+CLUSTERQ_INLINE Vec<Compute<T>> load(const T* p) {
+  using E = Compute<T>;
+  Vec<E> out;
+  for (int k = 0; k < kParts; ++k) {
+    if constexpr (std::is_same_v<T, E>) {
+      out.v[k] = *reinterpret_cast<const typename Native<E>::unaligned*>(p + k * kPartLanes<E>);
+    } else {
+      out.v[k] = widen(T{}, *reinterpret_cast<const Halves*>(p + k * kPartLanes<E>));
+    }
+  }
+  return out;
+}
+
+template <class T>
+CLUSTERQ_INLINE void store(T* p, const Vec<Compute<T>>& a) {
+  using E = Compute<T>;
+  for (int k = 0; k < kParts; ++k) {
+    if constexpr (std::is_same_v<T, E>) {
+      *reinterpret_cast<typename Native<E>::unaligned*>(p + k * kPartLanes<E>) = a.v[k];
+    } else {
+      *reinterpret_cast<Halves*>(p + k * kPartLanes<E>) = narrow(T{}, a.v[k]);
+    }
+  }
+}
+
+template <class T>
+CLUSTERQ_INLINE Compute<T> load_one(const T* p) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    return *p;
+  } else {
+    return widen(T{}, Halves{} + p->bits)[0];
+  }
+}
+
+template <class T>
+CLUSTERQ_INLINE void store_one(T* p, Compute<T> value) {
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    *p = value;
+  } else {
+    p->bits = narrow(T{}, value - Floats{})[0];
+  }
+}
+
+enum class Mode { kSums, kNorm, kDot };
+
+// Adds one element, or one vector, of a channel to its sums; `g` is the gradient (kDot), `y` the output (kNorm).
+template <class T, Mode mode>
+CLUSTERQ_INLINE void accumulate(const T* x, const T* g, T* y, const Vec<Compute<T>>& shift,
+                                const Vec<Compute<T>>& center, const Vec<Compute<T>>& scale,
+                                const Vec<Compute<T>>& bias, int64_t keep, Vec<Compute<T>>& s1, Vec<Compute<T>>& s2) {
+  using E = Compute<T>;
+  const Vec<E> value = load(x);
+  Vec<E> first = sub(value, shift), second;
+  if constexpr (mode == Mode::kDot) {
+    Vec<E> grad = load(g);
+    if (keep < kLanes<E>) {
+      grad = keep_last(grad, keep);
+      first = keep_last(first, keep);
+    }
+    second = mul(grad, first);
+    first = grad;
+  } else {
+    if (keep < kLanes<E>) first = keep_last(first, keep);
+    second = mul(first, first);
+  }
+  s1 = add(s1, first);
+  s2 = add(s2, second);
+  if constexpr (mode == Mode::kNorm) store(y, add(mul(sub(value, center), scale), bias));
+}
+
+template <class T, Mode mode>
+CLUSTERQ_INLINE void accumulate_one(const T* x, const T* g, T* y, Compute<T> shift, Compute<T> center, Compute<T> scale,
+                                    Compute<T> bias, Compute<T>& s1, Compute<T>& s2) {
+  const Compute<T> value = load_one(x), centered = value - shift;
+  const Compute<T> weight = mode == Mode::kDot ? load_one(g) : centered;
+  s1 += weight;
+  s2 += weight * centered;
+  if constexpr (mode == Mode::kNorm) store_one(y, (value - center) * scale + bias);
+}
+
+template <class T, Mode mode>
+CLUSTERQ_INLINE void planes(const T* x, const T* g, T* y, int64_t channels, int64_t stride, int64_t length,
+                            const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale,
+                            const Compute<T>* bias, Compute<T>* s1, Compute<T>* s2) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>;
+  constexpr bool kNorm = mode == Mode::kNorm, kDot = mode == Mode::kDot;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* xc = x + c * stride;
+    const T* gc = kDot ? g + c * stride : nullptr;
+    T* yc = kNorm ? y + c * stride : nullptr;
+    const E m = kNorm ? center[c] : E(0), s = kNorm ? scale[c] : E(0), t = kNorm ? bias[c] : E(0);
+    if (length < kL) {
+      E first = 0, second = 0;
+      for (int64_t i = 0; i < length; ++i)
+        accumulate_one<T, mode>(xc + i, gc + i, yc + i, shift[c], m, s, t, first, second);
+      s1[c] = first;
+      s2[c] = second;
+      continue;
+    }
+    const Vec<E> k = splat(shift[c]), vm = splat(m), vs = splat(s), vt = splat(t);
+    Vec<E> a[4] = {}, b[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kL <= length; i += 4 * kL) {
+      for (int j = 0; j < 4; ++j) {
+        const int64_t o = i + j * kL;
+        accumulate<T, mode>(xc + o, gc + o, yc + o, k, vm, vs, vt, kL, a[j], b[j]);
+      }
+    }
+    for (; i + kL <= length; i += kL) accumulate<T, mode>(xc + i, gc + i, yc + i, k, vm, vs, vt, kL, a[0], b[0]);
+    if (i < length) {
+      const int64_t o = length - kL;
+      accumulate<T, mode>(xc + o, gc + o, yc + o, k, vm, vs, vt, length - i, a[1], b[1]);
+    }
+    s1[c] = sum(add(add(a[0], a[1]), add(a[2], a[3])));
+    s2[c] = sum(add(add(b[0], b[1]), add(b[2], b[3])));
+  }
+}
+
+// Adds kRows folded rows to the sums. The last vector of a row that is no multiple of the lanes overlaps the one before
+// it and has sums of its own behind theirs, so that nothing is counted twice.
+template <class T, Mode mode, int kRows, bool kPrefetch>
+CLUSTERQ_INLINE void add_rows(const T* x, const T* g, T* y, int64_t width, const Compute<T>* shift,
+                              const Compute<T>* center, const Compute<T>* scale, const Compute<T>* bias, Compute<T>* s1,
+                              Compute<T>* s2) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>;
+  constexpr bool kNorm = mode == Mode::kNorm, kDot = mode == Mode::kDot;
+  for (int64_t at = 0; at < width; at += kL) {
+    const int64_t o = at + kL <= width ? at : width - kL;
+    const Vec<E> k = load(shift + o);
+    Vec<E> vm = {}, vs = {}, vt = {}, a = load(s1 + at), b = load(s2 + at);
+    if constexpr (kNorm) {
+      vm = load(center + o);
+      vs = load(scale + o);
+      vt = load(bias + o);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t i = r * width + o;
+      if constexpr (kPrefetch) __builtin_prefetch(x + i + kRows * width);
+      accumulate<T, mode>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, k, vm, vs, vt, kL, a, b);
+    }
+    store(s1 + at, a);
+    store(s2 + at, b);
+  }
+}
+
+template <class T, Mode mode>
+CLUSTERQ_INLINE void rows(const T* x, const T* g, T* y, int64_t rows, int64_t channels, int64_t fold,
+                          const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale,
+                          const Compute<T>* bias, Compute<T>* s1, Compute<T>* s2) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>, kRows = 4;
+  constexpr bool kNorm = mode == Mode::kNorm, kDot = mode == Mode::kDot;
+  const int64_t width = channels * fold, folded = rows / fold, tail = width % kL;
+  std::fill_n(s1, width + kL, E(0));
+  std::fill_n(s2, width + kL, E(0));
+  // Long rows are streams of their own, which the hardware is slow to follow: fetch the next group's.
+  const bool prefetch = width * sizeof(T) >= 1024;
+  int64_t row = 0;
+  for (; row + kRows <= folded; row += kRows) {
+    const int64_t i = row * width;
+    const T* gi = kDot ? g + i : nullptr;
+    T* yi = kNorm ? y + i : nullptr;
+    if (prefetch) {
+      add_rows<T, mode, kRows, true>(x + i, gi, yi, width, shift, center, scale, bias, s1, s2);
+    } else {
+      add_rows<T, mode, kRows, false>(x + i, gi, yi, width, shift, center, scale, bias, s1, s2);
+    }
+  }
+  for (; row < folded; ++row) {
+    const int64_t i = row * width;
+    add_rows<T, mode, 1, false>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, width, shift, center, scale,
+                                bias, s1, s2);
+  }
+  for (int64_t i = width - tail; i < width; ++i) {
+    s1[i] = s1[i + kL - tail];
+    s2[i] = s2[i + kL - tail];
+  }
+  for (int64_t f = 1; f < fold; ++f) {
+    for (int64_t c = 0; c < channels; ++c) {
+      s1[c] += s1[f * channels + c];
+      s2[c] += s2[f * channels + c];
+    }
+  }
+  for (int64_t r = folded * fold; r < rows; ++r) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t i = r * channels + c;
+      accumulate_one<T, mode>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, shift[c],
+                              kNorm ? center[c] : E(0), kNorm ? scale[c] : E(0), kNorm ? bias[c] : E(0), s1[c], s2[c]);
+    }
+  }
+}
+
+template <class T>
+void plane_sums(const T* x, int64_t channels, int64_t stride, int64_t length, const Compute<T>* shift, Compute<T>* s1,
+                Compute<T>* s2) {
+  planes<T, Mode::kSums>(x, nullptr, nullptr, channels, stride, length, shift, nullptr, nullptr, nullptr, s1, s2);
+}
+
+template <class T>
+void plane_norm(const T* x, T* y, int64_t channels, int64_t stride, int64_t length, const Compute<T>* shift,
+                const Compute<T>* center, const Compute<T>* scale, const Compute<T>* bias, Compute<T>* s1,
+                Compute<T>* s2) {
+  planes<T, Mode::kNorm>(x, nullptr, y, channels, stride, length, shift, center, scale, bias, s1, s2);
+}
+
+template <class T>
+void plane_dot(const T* x, const T* g, int64_t channels, int64_t stride, int64_t length, const Compute<T>* center,
+               Compute<T>* s1, Compute<T>* s2) {
+  planes<T, Mode::kDot>(x, g, nullptr, channels, stride, length, center, nullptr, nullptr, nullptr, s1, s2);
+}
+
+template <class T>
+void row_sums(const T* x, int64_t count, int64_t channels, int64_t fold, const Compute<T>* shift, Compute<T>* s1,
+              Compute<T>* s2) {
+  rows<T, Mode::kSums>(x, nullptr, nullptr, count, channels, fold, shift, nullptr, nullptr, nullptr, s1, s2);
+}
+
+template <class T>
+void row_norm(const T* x, T* y, int64_t count, int64_t channels, int64_t fold, const Compute<T>* shift,
+              const Compute<T>* center, const Compute<T>* scale, const Compute<T>* bias, Compute<T>* s1,
+              Compute<T>* s2) {
+  rows<T, Mode::kNorm>(x, nullptr, y, count, channels, fold, shift, center, scale, bias, s1, s2);
+}
+
+template <class T>
+void row_dot(const T* x, const T* g, int64_t count, int64_t channels, int64_t fold, const Compute<T>* center,
+             Compute<T>* s1, Compute<T>* s2) {
+  rows<T, Mode::kDot>(x, g, nullptr, count, channels, fold, center, nullptr, nullptr, nullptr, s1, s2);
+}
+
+template <class T>
+CLUSTERQ_INLINE void affine_one(const T* x, const T* g, T* out, Compute<T> center, Compute<T> a, Compute<T> b,
+                                Compute<T> scale) {
+  const Compute<T> own = a * (load_one(x) - center) + b;
+  store_one(out, g == nullptr ? own : scale * load_one(g) + own);
+}
+
+template <class T>
+CLUSTERQ_INLINE void affine(const T* x, const T* g, T* out, const Vec<Compute<T>>& center, const Vec<Compute<T>>& a,
+                            const Vec<Compute<T>>& b, const Vec<Compute<T>>& scale) {
+  const Vec<Compute<T>> own = add(mul(a, sub(load(x), center)), b);
+  store(out, g == nullptr ? own : add(mul(scale, load(g)), own));
+}
+
+template <class T>
+void plane_affine(const T* x, const T* g, T* out, int64_t channels, int64_t length, const Compute<T>* center,
+                  const Compute<T>* a, const Compute<T>* b, const Compute<T>* scale) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>;
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* xc = x + c * length;
+    const T* gc = g == nullptr ? nullptr : g + c * length;
+    T* oc = out + c * length;
+    const E s = g == nullptr ? E(0) : scale[c];
+    const Vec<E> vm = splat(center[c]), va = splat(a[c]), vb = splat(b[c]), vs = splat(s);
+    int64_t i = 0;
+    if (gc == nullptr) {
+      for (; i + kL <= length; i += kL) affine<T>(xc + i, nullptr, oc + i, vm, va, vb, vs);
+      for (; i < length; ++i) affine_one<T>(xc + i, nullptr, oc + i, center[c], a[c], b[c], s);
+    } else {
+      for (; i + kL <= length; i += kL) affine<T>(xc + i, gc + i, oc + i, vm, va, vb, vs);
+      for (; i < length; ++i) affine_one<T>(xc + i, gc + i, oc + i, center[c], a[c], b[c], s);
+    }
+  }
+}
+
+template <class T>
+void row_affine(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold, const Compute<T>* center,
+                const Compute<T>* a, const Compute<T>* b, const Compute<T>* scale) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>;
+  const int64_t width = channels * fold, total = rows * channels;
+  const Vec<E> none = splat(E(0));
+  for (int64_t start = 0; start < total; start += width) {
+    const int64_t end = start + width < total ? width : total - start;
+    const T* xr = x + start;
+    const T* gr = g == nullptr ? nullptr : g + start;
+    T* outr = out + start;
+    int64_t i = 0;
+    if (gr == nullptr) {
+      for (; i + kL <= end; i += kL)
+        affine<T>(xr + i, nullptr, outr + i, load(center + i), load(a + i), load(b + i), none);
+      for (; i < end; ++i) affine_one<T>(xr + i, nullptr, outr + i, center[i], a[i], b[i], E(0));
+    } else {
+      for (; i + kL <= end; i += kL)
+        affine<T>(xr + i, gr + i, outr + i, load(center + i), load(a + i), load(b + i), load(scale + i));
+      for (; i < end; ++i) affine_one<T>(xr + i, gr + i, outr + i, center[i], a[i], b[i], scale[i]);
+    }
+  }
+}
+
+template <class E>
+int64_t finish(int64_t channels, double count, const E* shift, const E* s1, const E* s2, double* mean, double* m2,
+               int32_t* suspects) {
+  const double inverse = 1.0 / count;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double first = s1[c], offset = first * inverse, squares = double(s2[c]) - first * offset;
+    mean[c] = double(shift[c]) + offset;
+    m2[c] = squares > 0 ? squares : 0;
+  }
+  int64_t found = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double squares = s2[c];
+    // A shift off by d standard deviations makes s2 = (1 + d^2) * m2 and loses log2(1 + d^2) bits: here at most two.
+    suspects[found] = static_cast<int32_t>(c);
+    found += !(squares <= 4 * m2[c] && squares <= double(std::numeric_limits<E>::max()));
+  }
+  return found;
+}
+
+template <class T>
+void exact(const T* x, int64_t length, int64_t stride, double* mean, double* m2) {
+  double first[8] = {}, second[8] = {}, residual[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= length; i += 8) {
+    for (int j = 0; j < 8; ++j) first[j] += load_one(x + (i + j) * stride);
+  }
+  for (; i < length; ++i) first[0] += load_one(x + i * stride);
+  const double total =
+      ((first[0] + first[4]) + (first[2] + first[6])) + ((first[1] + first[5]) + (first[3] + first[7]));
+  const double center = total / length;
+  for (i = 0; i + 8 <= length; i += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const double d = load_one(x + (i + j) * stride) - center;
+      residual[j] += d;
+      second[j] += d * d;
+    }
+  }
+  for (; i < length; ++i) {
+    const double d = load_one(x + i * stride) - center;
+    residual[0] += d;
+    second[0] += d * d;
+  }
+  double left = 0, squares = 0;
+  for (int j = 0; j < 8; ++j) {
+    left += residual[j];
+    squares += second[j];
+  }
+  const double corrected = squares - left * left / length;
+  *mean = center;
+  *m2 = corrected < 0 ? 0 : corrected;
+}
+
+static void merge(int64_t channels, double count_a, double* mean_a, double* m2_a, double count_b, const double* mean_b,
+                  const double* m2_b) {
+  const double share = count_b / (count_a + count_b), cross = count_a * share;
+  for (int64_t c = 0; c < channels; ++c) {
+    const double d = mean_b[c] - mean_a[c];
+    mean_a[c] += d * share;
+    m2_a[c] += m2_b[c] + d * d * cross;
+  }
+}
+
+template <class T>
+void to_double(const T* x, int64_t count, double* mean, double* m2) {
+  for (int64_t i = 0; i < count; ++i) {
+    mean[i] = load_one(x + i);
+    // Zero, but not finite where x is not.
+    m2[i] = mean[i] - mean[i];
+  }
+}
+
+template <class T>
+Kernels<T> table() {
+  return {plane_sums<T>, plane_norm<T>, plane_dot<T>,       plane_affine<T>, row_sums<T>,  row_norm<T>,
+          row_dot<T>,    row_affine<T>, finish<Compute<T>>, exact<T>,        to_double<T>, merge};
+}
+
+}  // namespace clusterq::bn_stats::CLUSTERQ_ISA
+
+#undef CLUSTERQ_INLINE
+#undef CLUSTERQ_ISA
+#undef CLUSTERQ_VECTOR_BYTES

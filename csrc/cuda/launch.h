@@ -1,0 +1,166 @@
+// What every CUDA kernel file of ClusterQ needs: device and stream of a call, layouts, 16-byte packs, block sums.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+
+#include "check.h"
+#include "numerics.h"
+
+namespace clusterq {
+namespace {
+
+// Makes the device of x current for the call and holds the stream that the caller works on.
+class Launch {
+ public:
+  explicit Launch(const Tensor& x) : guard_(x.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+
+inline void check_device(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+                  " must be on the device of the data");
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+// x, or a contiguous copy where x leaves gaps in memory: `empty_like` keeps strides exactly when there are none.
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() || same_strides(torch::stable::empty_like(x), x) ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
+  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
+                  "grad must match x in shape and dtype");
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad must match x in shape and dtype");
+  if (same_strides(grad, x)) return grad;
+  Tensor copy = torch::stable::empty_like(x);
+  torch::stable::copy_(copy, grad);
+  return copy;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline unsigned grid_size(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "the tensor needs more blocks than a launch can have");
+  return static_cast<unsigned>(blocks);
+}
+
+// Calls `body` with a value of the element type and one of the arithmetic type.
+template <typename F>
+void for_floating(ScalarType dtype, const char* name, const F& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(float{}, float{});
+    case ScalarType::Double:
+      return body(double{}, double{});
+    case ScalarType::BFloat16:
+      return body(__nv_bfloat16{}, float{});
+    case ScalarType::Half:
+      return body(__half{}, float{});
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+}
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+struct Narrow;
+template <>
+struct Narrow<float> {
+  static __device__ __forceinline__ float of(float v) { return v; }
+};
+template <>
+struct Narrow<double> {
+  static __device__ __forceinline__ double of(double v) { return v; }
+};
+template <>
+struct Narrow<__half> {
+  static __device__ __forceinline__ __half of(float v) { return __float2half_rn(v); }
+};
+template <>
+struct Narrow<__nv_bfloat16> {
+  static __device__ __forceinline__ __nv_bfloat16 of(float v) { return __float2bfloat16_rn(v); }
+};
+
+// V neighbours in memory, moved by one access.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T at[V];
+};
+
+// Elements that 16 bytes hold.
+template <typename T>
+constexpr int kWide = 16 / sizeof(T);
+
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// 1 / scale, scale above 0, correctly rounded as IEEE division is. In line: the compiler's own division calls a
+// subroutine for the ends of the range, and registers spill around the call. In the middle of the range these are its
+// instructions.
+__device__ __forceinline__ float reciprocal(float scale) {
+  const bool subnormal = scale < 0x1p-126f;
+  const float s = subnormal ? scale * 0x1p64f : scale >= 0x1p126f ? scale * 0x1p-64f : scale;
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(s));
+  r = __fmaf_rn(r, -__fmaf_rn(s, r, -1.0f), r);
+  if (scale < 0x1p126f) return subnormal ? r * 0x1p64f : r;
+  // The result is subnormal: two Newton steps in double, then the one rounding.
+  const double wide = scale;
+  double q = static_cast<double>(r) * 0x1p-64;
+  q = __fma_rn(q, __fma_rn(-wide, q, 1.0), q);
+  q = __fma_rn(q, __fma_rn(-wide, q, 1.0), q);
+  return static_cast<float>(q);
+}
+__device__ __forceinline__ double reciprocal(double scale) { return __drcp_rn(scale); }
+
+// Sums over the block in a fixed order; the result is thread 0's. At most 1024 threads, a multiple of 32.
+__device__ __forceinline__ void block_sum(double& first, double& second) {
+  __shared__ double warp_sums[2][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int offset = 16; offset > 0; offset /= 2) {
+    first += __shfl_down_sync(0xffffffffu, first, offset);
+    second += __shfl_down_sync(0xffffffffu, second, offset);
+  }
+  if (lane == 0) {
+    warp_sums[0][warp] = first;
+    warp_sums[1][warp] = second;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) {
+      first += warp_sums[0][w];
+      second += warp_sums[1][w];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace clusterq

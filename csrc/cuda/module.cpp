@@ -1,0 +1,25 @@
+// The Python module of the CUDA library. It holds build facts only: the kernels register themselves with the
+// dispatcher.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "ops.h"
+
+PYBIND11_MODULE(_C_cuda, module) {
+  module.doc() = "CUDA kernels of clusterq";
+  module.def("build_info", [] {
+    pybind11::dict facts;
+    facts["library"] = CLUSTERQ_LIBRARY;
+    facts["compiler"] = CLUSTERQ_COMPILER;
+    facts["cplusplus"] = std::to_string(__cplusplus);
+    facts["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+    return facts;
+  });
+  module.def("ops", [] {
+    pybind11::list names;
+    for (const std::string& name : clusterq::fake_quant_ops()) names.append(name);
+    return names;
+  });
+}

@@ -1,0 +1,11 @@
+// The ops that each CUDA file registers: the dispatcher does not tell which library a kernel came from.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace clusterq {
+
+std::vector<std::string> fake_quant_ops();
+
+}  // namespace clusterq

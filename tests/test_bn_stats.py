@@ -1,0 +1,491 @@
+"""BatchNorm statistics against float64 definitions, on data that breaks the usual shortcuts."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.library import opcheck
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clusterq import ops
+from clusterq.testing import FLOAT_DTYPES, layouts
+
+OPS = torch.ops.clusterq
+SHAPES = [
+    (5, 6),
+    (3, 4, 17),
+    (2, 3, 5, 7),
+    (6, 16, 8, 8),
+    (2, 65, 7, 7),
+    (2, 3, 66, 64),
+    (2, 3, 2, 3, 4),
+    (4, 100, 1, 1),
+]
+LABELS = 5
+
+
+def all_layouts(x):
+    variants = layouts(x)
+    if x.dim() == 5:
+        variants["channels_last_3d"] = x.contiguous(memory_format=torch.channels_last_3d)
+    return variants
+
+
+def truth(x, dims, correction=0):
+    wide = x.double()
+    mean = wide.mean(dims, keepdim=True)
+    count = math.prod(x.shape[d] for d in dims)
+    var = (wide - mean).square().sum(dims) / (count - correction)
+    return mean.squeeze(dims), var
+
+
+def instance_truth(x):
+    if x.dim() == 2:
+        return x.double(), torch.zeros_like(x, dtype=torch.float64)
+    return truth(x, list(range(2, x.dim())))
+
+
+def class_truth(x, labels, num_classes, mask=None):
+    """Per class, by picking its images: the definition."""
+    channels = x.shape[1]
+    count = torch.zeros(num_classes, dtype=torch.int64)
+    mean, var = torch.zeros(2, num_classes, channels, dtype=torch.float64)
+    for k in range(num_classes):
+        chosen = labels == k if mask is None else (labels == k) & mask
+        count[k] = chosen.sum()
+        if count[k] > 0:
+            mean[k], var[k] = truth(x[chosen], [0, *range(2, x.dim())])
+    return count, mean, var
+
+
+def assert_statistics(actual, wanted, x, tolerance=1e-5):
+    """Mean within `tolerance` spreads (plus its own rounding), variance within a relative `tolerance`."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    (mean, var), (true_mean, true_var) = actual, wanted
+    assert mean.dtype == var.dtype == dtype
+    assert mean.shape == true_mean.shape and var.shape == true_var.shape
+    rounding = 2 * torch.finfo(dtype).eps * true_mean.abs()
+    assert torch.all((mean.double() - true_mean).abs() <= tolerance * true_var.sqrt() + rounding)
+    assert torch.all((var.double() - true_var).abs() <= tolerance * true_var)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_match_their_definition(shape, dtype, poisoned):
+    values = (torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype)
+    labels, mask = torch.randint(-1, LABELS, shape[:1]), torch.rand(shape[0]) > 0.2
+    dims = [0, *range(2, len(shape))]
+    for x in all_layouts(values).values():
+        assert_statistics(ops.instance_statistics(x), instance_truth(x), x)
+        for correction in (0, 1):
+            assert_statistics(ops.batch_norm_statistics(x, correction=correction), truth(x, dims, correction), x)
+        for chosen in (None, mask):
+            count, *statistics = ops.class_statistics(x, labels, LABELS, mask=chosen)
+            true_count, *wanted = class_truth(x, labels, LABELS, chosen)
+            assert count.dtype == torch.int64
+            assert torch.equal(count, true_count)
+            assert_statistics(statistics, wanted, x)
+
+
+def hard_data():
+    noise = torch.randn(32, 3, 28, 28, dtype=torch.float64)
+    outlier = noise.clone()
+    outlier[0, :, 0, 0] = 1e6
+    return {
+        **{f"offset {offset:g}": noise + offset for offset in (1e3, 1e4, 1e5)},
+        "outlier first": outlier,
+        "offset per image": noise + 1e4 * torch.arange(32)[:, None, None, None],
+        "squares overflow float32": noise * 1e18 + 1e20,
+        "nearly constant": noise * 1e-20,
+        "constant": torch.full_like(noise, 1234.567),
+    }
+
+
+@pytest.mark.parametrize("name", hard_data())
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_hard_data_keeps_its_digits(name, memory_format):
+    x = hard_data()[name].float().contiguous(memory_format=memory_format)
+    labels = torch.arange(32) % 3
+    for actual, wanted in (
+        (ops.batch_norm_statistics(x), truth(x, [0, 2, 3])),
+        (ops.instance_statistics(x), instance_truth(x)),
+        (ops.class_statistics(x, labels, 3)[1:], class_truth(x, labels, 3)[1:]),
+    ):
+        if name == "constant":
+            assert torch.all(actual[1] < 1e-6)
+        else:
+            assert_statistics(actual, wanted, x)
+    instance = instance_truth(x)
+    for actual, wanted in (
+        (ops.merge_instance_statistics(*instance, 28 * 28), truth(x, [0, 2, 3])),
+        (ops.merge_class_statistics(*instance, labels, 3)[1:], class_truth(x, labels, 3)[1:]),
+    ):
+        if name != "constant":
+            assert_statistics(actual, wanted, x.double())
+
+
+def test_fused_batch_statistics_of_offset_data():
+    """Merged before any rounding to float32."""
+    x = torch.randn(32, 3, 28, 28) + 1e4
+    _, *actual = ops.batch_norm_with_statistics(x, None, None, torch.zeros(3), torch.ones(3), 0.0)
+    assert_statistics(actual, truth(x, [0, 2, 3]), x)
+
+
+@pytest.mark.parametrize("shape", [(3000, 2, 3, 3), (4096, 2, 3, 4), (1, 3, 1, 1), (1, 16, 56, 56), (2500, 7)])
+def test_unusual_batch_sizes(shape):
+    x = torch.randn(shape) + 2
+    for y in (x, x.movedim(1, -1).contiguous().movedim(-1, 1)):
+        assert_statistics(ops.batch_norm_statistics(y), truth(y, [0, *range(2, y.dim())]), y)
+        assert_statistics(ops.instance_statistics(y), instance_truth(y), y)
+
+
+def test_expanded_input():
+    x = torch.randn(1, 4, 6, 6).expand(3, 4, 6, 6)
+    assert_statistics(ops.batch_norm_statistics(x), truth(x, [0, 2, 3]), x)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_bad_value_stays_in_its_own_statistics(bad, memory_format):
+    clean = torch.randn(6, 20, 5, 5)
+    x = clean.clone().contiguous(memory_format=memory_format)
+    x[2, 7, 1, 3] = bad
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    touched = {
+        "batch": (ops.batch_norm_statistics, (7,)),
+        "instance": (ops.instance_statistics, (2, 7)),
+        "class": (lambda t: ops.class_statistics(t, labels, 4)[1:], (2, 7)),
+    }
+    for function, where in touched.values():
+        hit = torch.zeros_like(function(clean)[0], dtype=torch.bool)
+        hit[where] = True
+        for actual, wanted in zip(function(x), function(clean), strict=True):
+            assert not actual[hit].isfinite().any()
+            torch.testing.assert_close(actual[~hit], wanted[~hit])
+    _, mean, var = ops.class_statistics(x, labels, 4, mask=labels != 2)
+    assert mean.isfinite().all() and var.isfinite().all()
+    _, mean, var = ops.merge_class_statistics(*ops.instance_statistics(x), labels, 4, labels != 2)
+    assert mean.isfinite().all() and var.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (3, 0, 2, 2), (2, 4, 0, 3), (0, 4)])
+def test_empty_dimensions(shape):
+    x = torch.randn(shape)
+    n, c = shape[:2]
+    mean, var = ops.instance_statistics(x)
+    assert mean.shape == var.shape == (n, c)
+    assert mean.isnan().all() and var.isnan().all()
+    mean, var = ops.batch_norm_statistics(x)
+    assert mean.shape == var.shape == (c,)
+    assert mean.isnan().all() and var.isnan().all()
+    count, mean, var = ops.class_statistics(x, torch.zeros(n, dtype=torch.int64), 2)
+    assert count.tolist() == [n, 0]
+    assert torch.equal(mean[1], torch.zeros(c)) and torch.equal(var[1], torch.zeros(c))
+
+
+def test_too_few_values_for_the_correction():
+    x = torch.randn(1, 3, 1, 1, requires_grad=True)
+    mean, var = ops.batch_norm_statistics(x, correction=1)
+    assert torch.equal(mean, x[0, :, 0, 0]) and var.isnan().all()
+    (gradient,) = torch.autograd.grad(var.sum(), x)
+    assert gradient.isnan().all()
+
+
+def bn_arguments(channels, dtype, requires_grad=False):
+    weight, bias, mean = (torch.randn(channels, dtype=dtype) for _ in range(3))
+    return [
+        weight.requires_grad_(requires_grad),
+        bias.requires_grad_(requires_grad),
+        mean,
+        torch.rand(channels, dtype=dtype) + 0.1,
+        1e-5,
+    ]
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (3, 2, 3, 4), (2, 2, 2, 2, 3)])
+def test_gradients_are_the_true_derivatives(shape):
+    labels, mask = torch.tensor([2, 0, 2])[: shape[0]], torch.tensor([True, True, False])[: shape[0]]
+    weight, bias, *rest = bn_arguments(shape[1], torch.float64, requires_grad=True)
+    for x in all_layouts(torch.randn(shape, dtype=torch.float64)).values():
+        x = x.detach().requires_grad_()
+        assert gradcheck(ops.instance_statistics, x)
+        assert gradcheck(lambda x: ops.batch_norm_statistics(x, correction=1), x)
+        assert gradcheck(lambda x: ops.class_statistics(x, labels, 4)[1:], x)
+        assert gradcheck(lambda x: ops.class_statistics(x, labels, 4, mask=mask)[1:], x)
+        for function in (ops.batch_norm_with_statistics, ops.batch_norm_with_instance_statistics):
+            assert gradcheck(lambda x, w, b, f=function: f(x, w, b, *rest), (x, weight, bias))
+
+
+def test_merges_are_differentiable():
+    mean, var = (torch.rand(4, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    labels, mask = torch.tensor([1, 1, 0, 3]), torch.tensor([True, True, False, True])
+    assert gradcheck(lambda m, v: ops.merge_instance_statistics(m, v, 5, 1), (mean, var))
+    assert gradcheck(lambda m, v: ops.merge_class_statistics(m, v, labels, 5, mask)[1:], (mean, var))
+
+
+def test_merges_agree_with_the_direct_statistics():
+    x = torch.randn(9, 4, 5, 5) * 3 + 7
+    labels, mask = torch.randint(-1, 4, (9,)), torch.rand(9) > 0.3
+    instance = ops.instance_statistics(x)
+    for actual, wanted in zip(
+        (*ops.merge_instance_statistics(*instance, 25, 1), *ops.merge_class_statistics(*instance, labels, 4, mask)),
+        (*ops.batch_norm_statistics(x, correction=1), *ops.class_statistics(x, labels, 4, mask=mask)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = ops.merge_class_statistics(*instance, labels, 4, mask)
+    for actual, wanted in zip(again, ops.merge_class_statistics(*instance, labels, 4, mask), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_batch_norm(shape, dtype):
+    """y within two units in the last place of the float64 result, as is torch's own."""
+    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, mean, var, eps = bn_arguments(shape[1], stored)
+    for x in all_layouts((torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype)).values():
+        y, *statistics = ops.batch_norm_with_instance_statistics(x, weight, bias, mean, var, eps)
+        exact = F.batch_norm(x.double(), mean.double(), var.double(), weight.double(), bias.double(), eps=eps)
+        assert y.dtype == dtype
+        spacing = torch.finfo(dtype).eps
+        torch.testing.assert_close(y.double(), exact, rtol=2 * spacing, atol=4e-6 if stored == torch.float32 else 1e-14)
+        assert_statistics(statistics, instance_truth(x), x)
+        y2, *batch = ops.batch_norm_with_statistics(x, weight, bias, mean, var, eps)
+        assert torch.equal(y, y2)
+        assert_statistics(batch, truth(x, [0, *range(2, x.dim())]), x)
+
+
+def test_fused_batch_norm_on_offset_data_beats_a_folded_shift():
+    """x - mean before the scale: the error stays at one rounding of x's spread, not of its offset."""
+    x = torch.randn(8, 4, 6, 6) + 1e4
+    mean, var = torch.full((4,), 1e4), torch.ones(4)
+    y, *_ = ops.batch_norm_with_instance_statistics(x, None, None, mean, var, 1e-5)
+    exact = F.batch_norm(x.double(), mean.double(), var.double(), eps=1e-5)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+def test_outputs_keep_the_layout():
+    arguments = bn_arguments(4, torch.float32)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 4, 5, 5).contiguous(memory_format=memory_format).requires_grad_()
+        y, *_ = ops.batch_norm_with_instance_statistics(x, *arguments)
+        (gradient,) = torch.autograd.grad(y, x, torch.randn_like(y))
+        assert y.is_contiguous(memory_format=memory_format)
+        assert gradient.is_contiguous(memory_format=memory_format)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the clusterq ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "clusterq":
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def backward_calls(outputs, inputs):
+    with Calls() as calls:
+        torch.autograd.grad(sum(t.sum() for t in outputs), inputs)
+    return calls.names
+
+
+def test_the_backward_costs_only_what_is_asked_for():
+    weight, bias, *rest = bn_arguments(3, torch.float32)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    run = ops.batch_norm_with_instance_statistics
+    y, mean, var = run(x, weight, bias, *rest)
+    assert backward_calls([y, mean, var], [x]) == ["batch_norm_statistics_backward"]
+    assert backward_calls([run(x, weight, bias, *rest)[0]], [x]) == ["statistics_backward"]
+    assert backward_calls(run(x, weight, bias, *rest)[1:], [x]) == ["statistics_backward"]
+    weight.requires_grad_()
+    y, mean, var = run(x.detach(), weight, bias, *rest)
+    assert backward_calls([y], [weight]) == ["batch_norm_parameter_backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_gradients_are_rounded_once(dtype):
+    """With 2^18 values per channel the statistics' gradient, 1e-9 per element, would vanish in float16 on its own."""
+    x = torch.randn(16, 2, 128, 64).to(dtype).requires_grad_()
+    weight, bias, mean, var, eps = bn_arguments(2, torch.float32)
+    y, *statistics = ops.batch_norm_with_statistics(x, weight, bias, mean, var, eps)
+    incoming = torch.randn(x.shape).mul(1e-3).to(dtype)
+    weights = torch.tensor([3.0, -2.0])
+    (dx,) = torch.autograd.grad([y, *statistics], x, [incoming, weights, weights])
+
+    wide = x.detach().double().requires_grad_()
+    y64 = F.batch_norm(wide, mean.double(), var.double(), weight.double(), bias.double(), eps=eps)
+    outputs = [y64, wide.mean([0, 2, 3]), wide.var([0, 2, 3], correction=0)]
+    (exact,) = torch.autograd.grad(outputs, wide, [incoming.double(), weights.double(), weights.double()])
+    spacing = torch.finfo(dtype).eps
+    torch.testing.assert_close(dx.double(), exact, rtol=0.51 * spacing, atol=6e-8 if dtype == torch.float16 else 1e-12)
+
+    (dx,) = torch.autograd.grad(ops.batch_norm_statistics(x)[1].sum(), x)
+    assert dx.dtype == dtype
+
+
+def op_arguments(x):
+    """Arguments of every op for this x."""
+    n, c = x.shape[:2]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = [torch.rand(n, c, dtype=dtype) - 0.5 for _ in range(3)]
+    channel = [torch.rand(c, dtype=dtype) - 0.5 for _ in range(3)]
+    labels, mask = torch.arange(n) % 3, torch.arange(n) % 2 == 0
+    grad = (torch.rand(x.shape) - 0.5).to(x.dtype)
+    return {
+        "instance_statistics": (x,),
+        "batch_norm_statistics": (x, 0),
+        "class_statistics": (x, labels, 4, mask),
+        "batch_norm_instance_statistics": (x, *channel),
+        "batch_norm_batch_statistics": (x, *channel),
+        "statistics_backward": (x, *rows),
+        "batch_norm_statistics_backward": (grad, x, channel[0], channel[1][None], rows[0], rows[1]),
+        "batch_norm_parameter_backward": (grad, x, channel[0], channel[1]),
+    }
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("name", op_arguments(torch.randn(1, 1)))
+def test_opcheck(name, dtype):
+    op = getattr(OPS, name).default
+    for x in (*layouts(torch.randn(3, 4, 3, 2).to(dtype)).values(), torch.randn(3, 0, 2, 2).to(dtype)):
+        opcheck(op, op_arguments(x)[name])
+    empty = op_arguments(torch.randn(0, 4).to(dtype))[name]
+    # The batch statistics of no image are NaN, and opcheck takes NaN in eager and traced outputs for a difference.
+    checks = (
+        ("test_schema", "test_faketensor")
+        if name in ("batch_norm_statistics", "batch_norm_batch_statistics")
+        else (
+            "test_schema",
+            "test_autograd_registration",
+            "test_faketensor",
+            "test_aot_dispatch_dynamic",
+        )
+    )
+    opcheck(op, empty, test_utils=checks)
+
+
+def results(x):
+    """Every output of every op, flat."""
+    torch.manual_seed(1)
+    flat = []
+    for name, arguments in op_arguments(x).items():
+        out = getattr(OPS, name)(*arguments)
+        flat += out if isinstance(out, tuple) else [out]
+    return flat
+
+
+@pytest.mark.parametrize("shape", [(33, 20, 14, 14), (2, 40, 40, 40), (3000, 24)])
+def test_results_do_not_depend_on_the_thread_count(shape):
+    x = torch.randn(shape) + 3
+    before = torch.get_num_threads()
+    try:
+        for y in all_layouts(x).values():
+            torch.set_num_threads(1)
+            single = results(y)
+            for threads in (2, 3):
+                torch.set_num_threads(threads)
+                for actual, wanted in zip(results(y), single, strict=True):
+                    assert torch.equal(actual, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+DIGEST = """
+import hashlib, sys, torch
+sys.path.insert(0, sys.argv[1])
+from test_bn_stats import results
+torch.manual_seed(0)
+digest = hashlib.sha256()
+for shape in [(3, 20, 7, 7), (4, 33), (2, 3, 70, 70), (5, 16, 4, 4)]:
+    # Uniform: torch's own normal generator gives other values on other instruction sets.
+    base = torch.rand(shape) * 9 + 1
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for x in (base.to(dtype), base.to(dtype).movedim(1, -1).contiguous().movedim(-1, 1)):
+            for out in results(x):
+                digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(
+    not any(b.op == "instance_statistics" and b.kernel == "cpp" for b in ops.backends()), reason="needs the C++ kernels"
+)
+def test_every_instruction_set_gives_the_same_bits():
+    here = os.path.dirname(os.path.abspath(__file__))
+    digests = {
+        capability: subprocess.run(
+            [sys.executable, "-c", DIGEST, here],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for capability in ("default", "avx2", "avx512")
+    }
+    assert len(set(digests.values())) == 1, digests
+
+
+def alignment(x, weight, bias, mean, var, labels):
+    """A loss through every public function."""
+    y, m, v = ops.batch_norm_with_instance_statistics(x, weight, bias, mean, var, 1e-5)
+    spatial = x.shape[2] * x.shape[3]
+    batch = ops.merge_instance_statistics(m, v, spatial)
+    classes = ops.merge_class_statistics(m, v, labels, 3)[1:]
+    direct = [
+        *ops.batch_norm_statistics(x, correction=1),
+        *ops.class_statistics(x, labels, 3)[1:],
+        *ops.instance_statistics(x),
+    ]
+    return y.square().mean() + sum(t.square().sum() for t in (*batch, *classes, *direct))
+
+
+def test_compiles_without_graph_breaks_for_any_size():
+    compiled = torch.compile(alignment, fullgraph=True, dynamic=True, backend="aot_eager")
+    weight, bias, mean, var, _ = bn_arguments(4, torch.float32, requires_grad=True)
+    for n, side in ((4, 6), (7, 5)):
+        x = torch.randn(n, 4, side, side + 1, requires_grad=True)
+        arguments = (x, weight, bias, mean, var, torch.arange(n) % 3)
+        wanted, actual = alignment(*arguments), compiled(*arguments)
+        torch.testing.assert_close(actual, wanted)
+        leaves = (x, weight, bias)
+        for a, b in zip(torch.autograd.grad(actual, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_bad_arguments_are_named():
+    x, labels = torch.randn(3, 2, 4, 4), torch.tensor([0, 1, 0])
+    vector = torch.ones(2)
+    for error, name, call in [
+        (TypeError, "x has dtype", lambda: ops.instance_statistics(x.int())),
+        (TypeError, "x is list", lambda: ops.instance_statistics([1.0])),
+        (ValueError, "x has shape", lambda: ops.batch_norm_statistics(torch.randn(3))),
+        (ValueError, "correction is -1", lambda: ops.batch_norm_statistics(x, correction=-1)),
+        (ValueError, "labels has shape", lambda: ops.class_statistics(x, labels[:2], 2)),
+        (TypeError, "labels has dtype", lambda: ops.class_statistics(x, labels.int(), 2)),
+        (ValueError, "num_classes is 0", lambda: ops.class_statistics(x, labels, 0)),
+        (TypeError, "mask has dtype", lambda: ops.class_statistics(x, labels, 2, mask=labels)),
+        (
+            ValueError,
+            "weight has shape",
+            lambda: ops.batch_norm_with_statistics(x, torch.ones(3), None, vector, vector, 0.1),
+        ),
+        (TypeError, "running_mean is None", lambda: ops.batch_norm_with_statistics(x, None, None, None, vector, 0.1)),
+        (
+            ValueError,
+            "labels has shape",
+            lambda: ops.merge_class_statistics(vector[:, None], vector[:, None], labels, 2),
+        ),
+    ]:
+        with pytest.raises(error, match=name):
+            call()
