@@ -104,6 +104,18 @@ def cpu_extension() -> object:
     )
 
 
+def cuda_toolkit() -> str:
+    """Root of the toolkit that the nvcc on PATH belongs to: its own word, since what is on PATH may be a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise Unavailable("nvcc not found (set CUDA_HOME)")
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+    match = re.search(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    if match is None:
+        raise Unavailable(f"{nvcc} does not tell where its toolkit is (set CUDA_HOME)")
+    return str(Path(match.group(1)).resolve())
+
+
 def cuda_extension() -> object:
     """CUDA library: decided by torch's own CUDA and nvcc, never by a visible GPU, so that it builds in a container."""
     if os.environ.get("CLUSTERQ_EXT") == "0" or os.environ.get("CLUSTERQ_CUDA") == "0":
@@ -112,13 +124,16 @@ def cuda_extension() -> object:
     find_python_headers()
     find_torch()
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
 
     if torch.version.cuda is None:
         raise Unavailable("this PyTorch is built without CUDA")
-    nvcc = Path(CUDA_HOME or "") / "bin" / "nvcc"
-    if CUDA_HOME is None or not nvcc.exists():
+    home = os.environ.get("CUDA_HOME") or cuda_toolkit()
+    nvcc = Path(home) / "bin" / "nvcc"
+    if not nvcc.exists():
         raise Unavailable("nvcc not found (set CUDA_HOME)")
+    os.environ["CUDA_HOME"] = home
+    from torch.utils.cpp_extension import CUDAExtension
+
     text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
     match = re.search(r"release (\d+)\.(\d+)", text)
     release = ".".join(match.groups()) if match else "unknown"
@@ -127,7 +142,7 @@ def cuda_extension() -> object:
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_CUDA_ARCHS
     flags = ["-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xcompiler=-fvisibility=hidden"]
-    flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", f'-DCLUSTERQ_CUDA_RELEASE="{release}"', "-DUSE_CUDA"]
+    flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", "-DUSE_CUDA"]
     if os.environ.get("LINEINFO") == "1":
         flags.append("-lineinfo")
     sources = sorted(str(p.relative_to(ROOT)) for pattern in ("*.cpp", "*.cu") for p in ROOT.glob(f"csrc/cuda/{pattern}"))
@@ -180,7 +195,8 @@ def outdated(name: str) -> None:
 
 record: dict[str, str] = {}
 extensions: list[object] = []
-for key, name, make in (("cpp", "_C", cpu_extension), ("cuda", "_C_cuda", cuda_extension)):
+# CUDA first: torch's build helper reads CUDA_HOME when it is imported, and cuda_extension sets it.
+for key, name, make in (("cuda", "_C_cuda", cuda_extension), ("cpp", "_C", cpu_extension)):
     try:
         extensions.append(make())
         record[key] = "built"

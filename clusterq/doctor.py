@@ -211,6 +211,7 @@ CASES: dict[str, Inputs] = {
     "batch_norm_statistics": lambda: (*_statistics(), 1),
     "class_statistics": lambda: (_normal(6, 3), torch.tensor([0, 2, 2, 1, 0, 2]), 4, torch.arange(6) != 3),
     "batch_norm_instance_statistics": lambda: (*_statistics(), _normal(3, seed=1), _positive(3), _normal(3, seed=2)),
+    "batch_norm_batch_statistics": lambda: (*_statistics(), _normal(3, seed=1), _positive(3), _normal(3, seed=2)),
     "statistics_backward": lambda: (
         *_statistics(),
         _normal(4, 3, seed=1),

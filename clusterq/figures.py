@@ -127,8 +127,21 @@ def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
         heights = [row[key]["top1"] for row in rows]
         places = [i + 0.27 * (index - 1) for i in range(len(rows))]
         bars = plot.bar(places, heights, width=0.25, color=colour, label=name, zorder=2)
-        bold = "bold" if key == "clusterq" else "normal"
-        plot.bar_label(bars, fmt="%.1f", fontsize=8, padding=2, color=INK, fontweight=bold)
+        for bar, height in zip(bars, heights, strict=True):
+            # Inside the bar where there is room: above it, the number would meet the line of FP32.
+            inside = height > 12
+            plot.annotate(
+                f"{height:.1f}",
+                (bar.get_x() + bar.get_width() / 2, height),
+                xytext=(0, -4 if inside else 3),
+                textcoords="offset points",
+                ha="center",
+                va="top" if inside else "bottom",
+                fontsize=8.5,
+                fontweight="bold" if key == "clusterq" else "normal",
+                color="white" if inside and key == "clusterq" else INK,
+                zorder=4,
+            )
     plot.axhline(full, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=3)
     plot.annotate(
         f"FP32 {full:.1f}",
@@ -142,7 +155,8 @@ def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
     )
     plot.set_xticks(range(len(rows)), [row["bits"] for row in rows], fontsize=10, color=INK)
     plot.tick_params(axis="x", length=0)
-    plot.set_ylim(0, max(100.0 if full > 60 else 1.25 * full, full + 12))
+    highest = max(full, *(row[key]["top1"] for row in rows for key in BARS))
+    plot.set_ylim(0, 104 if highest > 60 else 1.1 * highest)
     plot.set_xlim(-0.55, len(rows) - 0.45)
     plot.set_ylabel("top-1 accuracy, %", color=MUTED, fontsize=9)
     plot.grid(axis="y", color=GRID, zorder=0)
@@ -181,16 +195,16 @@ _TERMS = {"ce": "cross-entropy", "bns": "BN alignment", "alignment": "class alig
 def _line(
     plot: Any, steps: Sequence[Mapping[str, Any]], key: str, label: str, colour: str, factor: float = 1.0
 ) -> None:
-    """The values, faint, with their moving average."""
+    """The values, faint, with their moving average over the steps on both sides."""
     steps = [step for step in steps if key in step]
     if not steps:
         return
     x = [step["step"] + 1 for step in steps]
     y = torch.tensor([factor * float(step[key]) for step in steps], dtype=torch.float64)
-    window = min(max(1, len(y) // 40), len(y))
-    smooth = torch.nn.functional.avg_pool1d(y[None, None], window, stride=1)[0, 0]
-    plot.plot(x, y.tolist(), color=colour, alpha=0.25, linewidth=0.8)
-    plot.plot(x[window - 1 :], smooth.tolist(), color=colour, linewidth=1.6, label=label or None)
+    reach = len(y) // 80
+    smooth = torch.nn.functional.avg_pool1d(y[None, None], 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+    plot.plot(x, y.tolist(), color=colour, alpha=0.3, linewidth=0.8)
+    plot.plot(x, smooth.tolist(), color=colour, linewidth=1.6, label=label or None)
 
 
 def _label(plot: Any, title: str, ylabel: str, *, log: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ td.best { font-weight: 700; color: #0b6e99; }
 table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; font-size: .9rem; }
 table.facts td:first-child { color: #66727f; width: 32%; }
 figure { margin: 0 0 1.4rem; background: #fff; border: 1px solid #e3e8ee; border-radius: 6px; padding: .8rem; }
+figure div { overflow-x: auto; }
 figure img { max-width: 100%; height: auto; display: block; margin: 0 auto; }
+@media (max-width: 640px) { figure img.wide { max-width: none; width: 760px; } }
 figcaption { color: #66727f; font-size: .88rem; margin-top: .5rem; }
 code, pre { font: .85rem/1.45 ui-monospace, "SF Mono", Consolas, monospace; }
 pre { background: #fff; border: 1px solid #e3e8ee; border-radius: 6px; padding: .7rem; white-space: pre-wrap;
@@ -133,9 +136,13 @@ def _accuracies(result: Mapping[str, Any]) -> str:
 def _picture(folder: Path, name: str, caption: str) -> str:
     if not name:
         return f"<p>{_text(caption)}</p>"
-    data = base64.b64encode((folder / name).read_bytes()).decode()
-    alt = _text(caption)
-    return f"<figure><img alt='{alt}' src='data:image/png;base64,{data}'><figcaption>{alt}</figcaption></figure>"
+    content = (folder / name).read_bytes()
+    # A PNG file begins with its width and height, big-endian, at byte 16.
+    width, height = struct.unpack(">II", content[16:24])
+    kind = " class='wide'" if width > 1.8 * height else ""
+    data, alt = base64.b64encode(content).decode(), _text(caption)
+    image = f"<img{kind} alt='{alt}' src='data:image/png;base64,{data}'>"
+    return f"<figure><div>{image}</div><figcaption>{alt}</figcaption></figure>"
 
 
 def _run_facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn import functional
 
 from clusterq.data import digits, evaluate, open_data
@@ -72,7 +72,7 @@ def main() -> None:
         "torch": torch.__version__,
         "data": "scikit-learn load_digits, 16x16 bilinear",
     }
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, arguments.output, metadata)
+    arguments.output.write_bytes(save({k: v.contiguous() for k, v in model.state_dict().items()}, metadata))
     size = arguments.output.stat().st_size
     seconds = time.perf_counter() - start
     print(f"top-1 {result.top1:.2f} % on {result.count} held-out digits, {size} bytes, {seconds:.0f} s")

@@ -1,6 +1,7 @@
 """Triton kernels of ClusterQ, one module per op family: tensors in, tensors out, nothing of ClusterQ imported.
 
-The folder `kernels/` of the source tree is installed as `clusterq.kernels`; `clusterq.ops` imports the modules on first use.
+The folder `kernels/` of the source tree is installed as `clusterq.kernels`; `clusterq.ops` imports the modules on first
+use.
 """
 
 if __name__ != "clusterq.kernels":

@@ -1,11 +1,12 @@
 """Triton kernels behind the launchers of `fake_quant.py`.
 
 Arithmetic is that of the other backends to the bit: 1/scale by IEEE division, product, round half to even, zero point,
-clamp; comparisons and selects keep NaN. Launches switch floating-point contraction off. Sums run in a fixed order: a few
-float32 adds per lane, then float64, then a second launch over the partial sums.
+clamp; comparisons and selects keep NaN. Launches switch floating-point contraction off. Sums run in a fixed order: a
+few float32 adds per lane, then float64, then a second launch over the partial sums.
 
-A matrix [rows, cols] is cols wide in memory; its cols come as col_groups * GROUP, which tells the compiler how wide it may
-access memory. LAST says that the channel is the column. Otherwise a channel is a row, or all rows of [outer, channels, cols].
+A matrix [rows, cols] is cols wide in memory; its cols come as col_groups * GROUP, which tells the compiler how wide it
+may access memory. LAST says that the channel is the column. Otherwise the channel of a row is row % channels, of an
+element of [outer, channels, cols] the middle index.
 """
 
 import triton
@@ -21,11 +22,10 @@ DEQUANTIZE = tl.constexpr(3)
 @triton.jit
 def cast(value, TYPE: tl.constexpr):
     """value.to(TYPE); the interpreter cuts the bits off that bfloat16 lacks, so there they are rounded first."""
-    if INTERPRETED:
-        if TYPE == tl.bfloat16:
-            bits = value.to(tl.uint32, bitcast=True)
-            rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
-            value = tl.where(value == value, rounded, value)
+    if INTERPRETED and tl.bfloat16 == TYPE:
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
+        value = tl.where(value == value, rounded, value)
     return value.to(TYPE)
 
 
@@ -48,11 +48,7 @@ def round_half_even(v):
 
 @triton.jit
 def reciprocal(scale):
-    if scale.dtype == tl.float64:
-        inverse = 1.0 / scale
-    else:
-        inverse = tl.div_rn(1.0, scale)
-    return inverse
+    return 1.0 / scale if scale.dtype == tl.float64 else tl.div_rn(1.0, scale)
 
 
 @triton.jit
@@ -235,9 +231,9 @@ def learned_flat_kernel(
 
 @triton.jit(do_not_specialize=["quant_min", "quant_max"])
 def learned_tile_kernel(
-    dx_ptr, partial_ptr, x_ptr, grad_ptr, scale_ptr, zero_ptr, outer, channels, col_groups, splits, quant_min, quant_max,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
+    dx_ptr, partial_ptr, x_ptr, grad_ptr, scale_ptr, zero_ptr, outer, channels, col_groups, splits, quant_min,
+    quant_max, ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """Per channel: writes dx and partial [2, splits, channels] float64.
 

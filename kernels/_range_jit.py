@@ -1,7 +1,7 @@
 """Triton kernels that find ranges: weights with live ranges, and the running range of an observer.
 
-NaN and infinities are left out of every range. Formulas from range to scale and zero point are those of the reference in
-`clusterq.ops`, to the bit. Layout words (LAST, GROUP, tiles) as in `_fake_quant_jit`.
+NaN and infinities are left out of every range. Formulas from range to scale and zero point are those of the reference
+in `clusterq.ops`, to the bit. Layout words (LAST, GROUP, tiles) as in `_fake_quant_jit`.
 """
 
 import triton
@@ -20,11 +20,7 @@ def finite_range(x, mask, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _divide(a, b):
-    if a.dtype == tl.float64:
-        quotient = a / b
-    else:
-        quotient = tl.div_rn(a, b)
-    return quotient
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
@@ -41,11 +37,8 @@ def _qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC: tl.cons
         scale = _divide(tl.where(-low > high, -low, high), steps * 0.5)
     else:
         scale = _divide(high * 0.5 - low * 0.5, steps) * 2.0
-    if real == tl.float64:
-        tiny = scale < 2.2250738585072014e-308
-    else:
-        tiny = scale < 1.1754943508222875e-38
-    scale = tl.where(empty | tiny, 1.0, scale)
+    smallest_normal: tl.constexpr = 2.2250738585072014e-308 if real == tl.float64 else 1.1754943508222875e-38
+    scale = tl.where(empty | (scale < smallest_normal), 1.0, scale)
     if SYMMETRIC:
         zero = tl.zeros_like(low) + symmetric_zero.to(real)
     else:
@@ -176,10 +169,10 @@ def range_tile_kernel(
 @triton.jit(do_not_specialize=["splits", "quant_min", "quant_max", "symmetric_zero"])
 def range_finish_kernel(
     scale_ptr, zero_ptr, min_ptr, max_ptr, partial_ptr, splits, channels, quant_min, quant_max, symmetric_zero,
-    momentum: "fp64", rest: "fp64",
+    momentum: "fp64", rest: "fp64",  # noqa: F821 (Triton's names of scalar types)
     SYMMETRIC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Moves the running range by partial [2, splits, channels] and writes scale and zero point; splits 0: no observation."""
+    """Moves the running range by partial [2, splits, channels], if splits > 0, and writes scale and zero point."""
     real: tl.constexpr = scale_ptr.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels

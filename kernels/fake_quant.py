@@ -1,11 +1,12 @@
-"""Fake-quantize on a GPU through Triton: every function takes the arguments of the op of the same name, in schema order.
+"""Fake-quantize on a GPU through Triton: every function takes the arguments of its op, in schema order.
 
-A dense tensor is walked in memory order, whatever its strides: flat for one scale, as [outer, channels, cols] for a scale
-per channel, as [outer, channels] where the channel is the fastest dimension. Other tensors are copied to contiguous first.
-Outputs have the strides of a dense input. Launches go to the current stream; nothing waits for the device.
+A dense tensor is walked in memory order, whatever its strides: flat for one scale, as [outer, channels, cols] for a
+scale per channel, as [outer, channels] where the channel is the fastest dimension. Other tensors are copied to
+contiguous first. Outputs have the strides of a dense input. Launches go to the current stream; nothing waits for the
+device.
 
-Bytes moved per element of float32, and launches: forward 8, 1; backward 12, 1; learned backward 12, 2; weights 8 (12 for
-channels of more than `_IN_REGISTERS` elements), 1; observer 12, 3, without `observe` 8, 2.
+Bytes moved per element of float32, and launches: forward 8, 1; backward 12, 1; learned backward 12, 2; weights 8 (12
+for channels of more than `_IN_REGISTERS` elements), 1; observer 12, 3, without `observe` 8, 2.
 """
 
 import torch
@@ -56,7 +57,9 @@ def _check_parameters(x, first, second, axis):
     if second.numel() != channels:
         raise ValueError(f"two per-channel parameters have {channels} and {second.numel()} elements; wanted as many")
     if channels != 1 and (axis is None or x.size(axis) != channels):
-        raise ValueError(f"a parameter has {channels} elements; wanted 1 or the size of axis {axis} of {tuple(x.shape)}")
+        raise ValueError(
+            f"a parameter has {channels} elements; wanted 1 or the size of axis {axis} of {tuple(x.shape)}"
+        )
     return first.contiguous(), second.contiguous()
 
 
@@ -68,7 +71,7 @@ def _matrix(x, channels, axis):
 
 
 def _tile(rows, cols, size):
-    """(BLOCK_R, BLOCK_K) of about `size` elements, with the fewest idle lanes past the end of cols, wide before tall."""
+    """(BLOCK_R, BLOCK_K) of about `size` elements, with the fewest idle lanes past the end of cols, then the widest."""
     tallest = min(triton.next_power_of_2(rows), size)
     widest = min(triton.next_power_of_2(cols), size)
     narrowest = min(max(size // tallest, 32), widest)
@@ -93,7 +96,7 @@ def _programs(tiles):
 
 
 def _split(x, channels, axis):
-    """How a per-channel reduction is cut up: (grid, splits, outer, cols, constants); fixed by shape and strides alone."""
+    """Division of a per-channel reduction: (grid, splits, outer, cols, constants); of shape and strides alone."""
     outer, cols, last = _matrix(x, channels, axis)
     block_r, block_k = _tile(outer, min(cols, 128) if last else cols, _REDUCE_TILE)
     col_blocks = triton.cdiv(cols, block_k)

@@ -67,10 +67,12 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < kInFlight<T, Index>; ++k) {
     const int64_t i = first + k * kThreads;
     if (i < packs) {
-      values[k] = reinterpret_cast<const P*>(x)[i];
-      if constexpr (Op::kNeedsGrad) grads[k] = reinterpret_cast<const P*>(grad)[i];
+      values[k] = load_pack<V>(x + i * V);
+      if constexpr (Op::kNeedsGrad) grads[k] = load_pack<V>(grad + i * V);
     }
   }
+  Grid<A> only{};
+  if constexpr (kChannels == Channels::kOne) only = parameters.grid(0);
   const auto value = [&](T element, T upstream, const auto& ready) {
     A g = 0;
     if constexpr (Op::kNeedsGrad) g = widen(upstream);
@@ -94,18 +96,18 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     } else {
-      const auto ready = Op::prepare(parameters.grid(channel_of[k]), activation);
+      const auto ready = Op::prepare(kChannels == Channels::kOne ? only : parameters.grid(channel_of[k]), activation);
 #pragma unroll
       for (int v = 0; v < V; ++v) result.at[v] = value(values[k].at[v], grads[k].at[v], ready);
     }
-    reinterpret_cast<P*>(out)[i] = result;
+    store_pack(out + i * V, result);
   }
   const int64_t i = packs * V + threadIdx.x;
   if (blockIdx.x == gridDim.x - 1 && i < numel) {
-    int64_t channel = 0;
+    Grid<A> grid = only;
     if constexpr (kChannels != Channels::kOne)
-      channel = static_cast<Index>(i) / static_cast<Index>(inner) % static_cast<Index>(channels);
-    out[i] = value(x[i], Op::kNeedsGrad ? grad[i] : x[i], parameters.grid(channel));
+      grid = parameters.grid(static_cast<Index>(i) / static_cast<Index>(inner) % static_cast<Index>(channels));
+    out[i] = value(x[i], Op::kNeedsGrad ? grad[i] : x[i], grid);
   }
 }
 

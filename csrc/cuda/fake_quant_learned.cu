@@ -42,13 +42,13 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t at = (static_cast<int64_t>(run) * channels + channel) * inner + static_cast<int64_t>(position) * V;
     A first = 0, second = 0;
     if (static_cast<int64_t>(position) * V + V <= inner) {
-      const P values = *reinterpret_cast<const P*>(x + at), grads = *reinterpret_cast<const P*>(grad + at);
+      const P values = load_pack<V>(x + at), grads = load_pack<V>(grad + at);
       P result;
 #pragma unroll
       for (int v = 0; v < V; ++v)
         result.at[v] =
             Narrow<T>::of(learned(A(widen(values.at[v])), A(widen(grads.at[v])), grid, activation, first, second));
-      *reinterpret_cast<P*>(grad_x + at) = result;
+      store_pack(grad_x + at, result);
     } else {
       for (int64_t j = at; j < at + inner - static_cast<int64_t>(position) * V; ++j)
         grad_x[j] = Narrow<T>::of(learned(A(widen(x[j])), A(widen(grad[j])), grid, activation, first, second));
@@ -81,19 +81,27 @@ __global__ void __launch_bounds__(kThreads)
   A sum_scale[V] = {}, sum_zero[V] = {};
   if (column < columns) {
     Grid<A> grids[V];
+    Index channel = static_cast<Index>(column) / static_cast<Index>(inner);
+    Index position = static_cast<Index>(column) - channel * static_cast<Index>(inner);
 #pragma unroll
-    for (int v = 0; v < V; ++v) grids[v] = parameters.grid(static_cast<Index>(column + v) / static_cast<Index>(inner));
+    for (int v = 0; v < V; ++v) {
+      grids[v] = parameters.grid(channel);
+      if (++position == static_cast<Index>(inner)) {
+        position = 0;
+        ++channel;
+      }
+    }
     for (int k = 0; k < kPacks; ++k) {
       const int64_t row = (split * kPacks + k) * height + y_lane;
       if (row >= outer) break;
       const int64_t at = row * columns + column;
-      const P values = *reinterpret_cast<const P*>(x + at), grads = *reinterpret_cast<const P*>(grad + at);
+      const P values = load_pack<V>(x + at), grads = load_pack<V>(grad + at);
       P result;
 #pragma unroll
       for (int v = 0; v < V; ++v)
         result.at[v] = Narrow<T>::of(
             learned(A(widen(values.at[v])), A(widen(grads.at[v])), grids[v], activation, sum_scale[v], sum_zero[v]));
-      *reinterpret_cast<P*>(grad_x + at) = result;
+      store_pack(grad_x + at, result);
     }
   }
 #pragma unroll
@@ -177,11 +185,13 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& 
       constexpr int V = decltype(width)::value;
       using Index = decltype(index);
       if (by_column) {
+        // Two columns of double per thread would spill around the subroutine of its division.
+        constexpr int W = sizeof(T) == 8 ? 1 : V;
         int threads = 1;
-        while (threads < 32 && threads * V < columns) threads *= 2;
+        while (threads < 32 && threads * W < columns) threads *= 2;
         double* to_partial = allocate(ceil_div(walk.outer, static_cast<int64_t>(kThreads / threads) * kPacks));
-        const unsigned blocks = grid_size(splits * ceil_div(columns, static_cast<int64_t>(threads) * V));
-        learned_column_kernel<V, Index><<<blocks, kThreads, 0, launch.stream()>>>(
+        const unsigned blocks = grid_size(splits * ceil_div(columns, static_cast<int64_t>(threads) * W));
+        learned_column_kernel<W, Index><<<blocks, kThreads, 0, launch.stream()>>>(
             to, to_partial, from, above, parameters, bounds, walk.outer, columns, walk.inner, splits, threads);
       } else {
         const int64_t packs = walk.outer * ceil_div(walk.inner, V);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -115,6 +116,33 @@ template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T at[V];
 };
+
+// Loads and stores as one access. The store is spelled out: the compiler splits a struct, and a uint4, into its
+// elements where that lets it share code with another branch.
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* from) {
+  Pack<T, V> pack;
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(from);
+    memcpy(&pack, &bits, sizeof(pack));
+  } else {
+    pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  }
+  return pack;
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_pack(T* to, const Pack<T, V>& pack) {
+  if constexpr (sizeof(pack) == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof(pack));
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
+  } else {
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  }
+}
 
 // Elements that 16 bytes hold.
 template <typename T>

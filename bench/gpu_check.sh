@@ -1,0 +1,133 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA machine, in one command without network: build, op tests, memory checks, benches.
+#
+#   bench/gpu_check.sh
+#
+# Needs a Python with torch (CUDA) and triton, nvcc of the same CUDA major version, and compute-sanitizer.
+#   PYTHON            interpreter (default python3)
+#   OUT               folder of logs and figures (default ./gpu_check_out)
+#   SKIP_<STAGE>=1    leaves out a stage: BUILD, TESTS, SANITIZE, BENCH
+# Ends with status 1 at the first stage that fails; the logs of the stages are in $OUT.
+set -euo pipefail
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-./gpu_check_out}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+
+stage() {
+  local name=$1
+  shift
+  local skip="SKIP_${name}"
+  if [[ ${!skip:-0} == 1 ]]; then
+    echo "== ${name}: left out by ${skip}=1"
+    return
+  fi
+  local log
+  log="${OUT}/$(echo "$name" | tr '[:upper:]' '[:lower:]').log"
+  echo "== ${name} (log: ${log})"
+  # Not `if ! "$@"`: there set -e would not hold inside the stage.
+  ("$@") >"$log" 2>&1 &
+  if ! wait $!; then
+    tail -n 40 "$log"
+    echo "== ${name} failed" >&2
+    exit 1
+  fi
+  tail -n 3 "$log"
+}
+
+check_machine() {
+  "$PYTHON" - <<'PY'
+import torch
+
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+PY
+}
+
+build() {
+  check_machine
+  TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$PYTHON" -c \
+    'import torch; print("%d.%d" % torch.cuda.get_device_capability())')}
+  export TORCH_CUDA_ARCH_LIST
+  CLUSTERQ_CUDA=1 "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+  "$PYTHON" - <<'PY'
+import clusterq.ops
+
+for row in clusterq.ops.backends():
+    if row.device == "cuda":
+        print(row.op, row.kernel, row.missing)
+assert any(row.kernel == "cuda" for row in clusterq.ops.backends()), "the CUDA library is not in use"
+PY
+}
+
+cases() {
+  "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/kernel_cases.py "$@"
+}
+
+tests() {
+  export CLUSTERQ_TEST_DEVICE=cuda
+  CLUSTERQ_BACKEND=auto cases
+  CLUSTERQ_BACKEND=triton cases
+  CLUSTERQ_TEST_DEVICE=cpu "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_build.py \
+    tests/test_kernels_offline.py
+}
+
+find_sanitizer() {
+  local candidate
+  for candidate in "$(command -v compute-sanitizer || true)" "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer"; do
+    if [[ -n $candidate && -x $candidate ]]; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "compute-sanitizer was not found; SKIP_SANITIZE=1 leaves this stage out" >&2
+  return 1
+}
+
+sanitize() {
+  local tool
+  tool=$(find_sanitizer)
+  # Each tensor in an allocation of its own, so that an access past its end is an access outside any allocation.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 CLUSTERQ_TEST_DEVICE=cuda
+  # A checker that reports nothing may check nothing: this kernel writes past the end and must be caught.
+  cat >"${OUT}/canary.py" <<'PY'
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def write_past_the_end(x_ptr):
+    tl.store(x_ptr + (1 << 22), 1.0)
+
+
+x = torch.zeros(16, device="cuda")
+write_past_the_end[(1,)](x)
+torch.cuda.synchronize()
+PY
+  if "$tool" --tool memcheck --error-exitcode 9 "$PYTHON" "${OUT}/canary.py" >"${OUT}/canary.log" 2>&1; then
+    echo "compute-sanitizer did not report the canary" >&2
+    return 1
+  fi
+  grep -q "Invalid __global__ write" "${OUT}/canary.log"
+  echo "canary reported"
+  local backend check
+  for backend in auto triton; do
+    for check in memcheck racecheck; do
+      CLUSTERQ_BACKEND=$backend "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
+        --import-mode=importlib tests/kernel_cases.py -k "values_and_gradients and (dtype0 or dtype1) or many_programs"
+    done
+  done
+}
+
+bench() {
+  "$PYTHON" bench/gpu_fake_quant.py --json "${OUT}/fake_quant.json"
+}
+
+stage BUILD build
+stage TESTS tests
+stage SANITIZE sanitize
+stage BENCH bench
+echo "== done, results in ${OUT}"
