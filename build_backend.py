@@ -1,7 +1,8 @@
 """Build backend: setuptools, asking for torch only where the target environment has none.
 
 The extensions compile against the torch they find. Listing torch as an ordinary build requirement would fetch a second,
-possibly different, multi-gigabyte torch into every isolated build; `setup.py` looks into the target environment instead.
+possibly different, multi-gigabyte torch into every isolated build; `setup.py` looks into the target environment
+instead.
 """
 
 from __future__ import annotations

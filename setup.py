@@ -1,8 +1,8 @@
 """Builds clusterq's two libraries; the only place with compiler flags.
 
-`clusterq._C` (CPU) is built whenever PyTorch and a C++ compiler are there, `clusterq._C_cuda` when that PyTorch is a CUDA
-build and nvcc of the same major version is found. What was decided, and why, is written to `clusterq/_build.json`, from
-where `clusterq doctor` reads it. Environment: see ENVIRONMENT.md.
+`clusterq._C` (CPU) is built whenever PyTorch and a C++ compiler are there, `clusterq._C_cuda` when that PyTorch is a
+CUDA build and nvcc of the same major version is found. What was decided, and why, is written to
+`clusterq/_build.json`, from where `clusterq doctor` reads it. Environment: see ENVIRONMENT.md.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Unavailable(Exception):
 def find_torch() -> None:
     """Make the target environment's own torch importable from an isolated build; raises Unavailable when there is none.
 
-    An isolated build runs the target's interpreter with another `sys.path`; its `purelib` still names the target. A torch
-    already in the build environment (put there by build_backend.py for targets that lack it) comes first.
+    An isolated build runs the target's interpreter with another `sys.path`; its `purelib` still names the target. A
+    torch already in the build environment (put there by build_backend.py for targets that lack it) comes first.
     """
     for key in ("purelib", "platlib"):
         path = sysconfig.get_path(key)
@@ -73,7 +73,7 @@ def pybind11_include() -> list[str]:
 
 
 def compile_flags(libraries: str, compiler: str) -> list[str]:
-    """Flags of every C++ file. No -std (torch's build helper knows), no -march and no fast-math (results and portability)."""
+    """Flags of every C++ file: no -std (torch's build helper knows it), no -march and no fast-math (equal results)."""
     debug = os.environ.get("DEBUG") == "1"
     flags = ["-O0", "-g"] if debug else ["-O3"]
     flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
@@ -83,8 +83,10 @@ def compile_flags(libraries: str, compiler: str) -> list[str]:
 
 
 def compiler_version(compiler: str) -> str:
-    lines = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return re.sub(r'[^\w .()+:~-]', "", lines[0]) if lines else compiler
+    lines = subprocess.run(
+        [*compiler.split(), "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return re.sub(r"[^\w .()+:~-]", "", lines[0]) if lines else compiler
 
 
 def cpu_extension() -> object:
@@ -145,7 +147,9 @@ def cuda_extension() -> object:
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", "-DUSE_CUDA"]
     if os.environ.get("LINEINFO") == "1":
         flags.append("-lineinfo")
-    sources = sorted(str(p.relative_to(ROOT)) for pattern in ("*.cpp", "*.cu") for p in ROOT.glob(f"csrc/cuda/{pattern}"))
+    sources = sorted(
+        str(p.relative_to(ROOT)) for pattern in ("*.cpp", "*.cu") for p in ROOT.glob(f"csrc/cuda/{pattern}")
+    )
     return CUDAExtension(
         "clusterq._C_cuda",
         sources,

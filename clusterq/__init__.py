@@ -3,8 +3,8 @@
     import clusterq
     low_bit = clusterq.quantize(network, input_shape=(3, 32, 32), weight_bits=4, activation_bits=4)
 
-`clusterq.ops` holds the differentiable ops, `clusterq.nn` the modules on top of them, `clusterq.ClusterQ` the method step
-by step. Importing this package imports torch and nothing heavier.
+`clusterq.ops` holds the differentiable ops, `clusterq.nn` the modules on top of them, `clusterq.ClusterQ` the method
+step by step. Importing this package imports torch and nothing heavier.
 """
 
 from clusterq import nn, ops

@@ -1,7 +1,7 @@
 """Quantized networks on disk: a folder with `model.safetensors` (plain tensors) and `checkpoint.json`.
 
-No pickle anywhere. The folder appears whole or not at all. Loading compares the SHA-256 of the tensor file before a tensor
-is built, then rebuilds the network with `clusterq.prepare` and fills in the tensors by name, dtype and shape.
+No pickle anywhere. The folder appears whole or not at all. Loading compares the SHA-256 of the tensor file before a
+tensor is built, then rebuilds the network with `clusterq.prepare` and fills in the tensors by name, dtype and shape.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from clusterq.config import ClusterQConfig
 from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
-from clusterq.models import Source, build_model, file_sha256
+from clusterq.models import Source, build_model, file_sha256, output_classes
+
+if TYPE_CHECKING:
+    from clusterq.method import Result
 
 FORMAT = "clusterq-checkpoint"
 FORMAT_VERSION = 1
@@ -54,36 +57,45 @@ class CheckpointRecord:
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Result,
     path: str | Path,
     *,
-    config: ClusterQConfig,
-    input_shape: tuple[int, int, int],
-    num_classes: int,
+    config: ClusterQConfig | None = None,
+    input_shape: tuple[int, int, int] | None = None,
     source: Source | None = None,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
     extra: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a network that `clusterq.prepare(model, config.quantization)` made.
+    """Write a quantized network: a result of the method, or what `clusterq.prepare(network, config.quantization)` made.
 
     Args:
-        model: the quantized network, any device.
+        model: a `Result`, which brings `config` and `input_shape`, or the quantized network on any device.
         path: folder to make.
-        config, input_shape, num_classes, source, mean, std, extra: see `CheckpointRecord`.
+        config, input_shape, source, mean, std, extra: see `CheckpointRecord`.
         overwrite: replace a folder of that name.
 
     Raises:
+        TypeError: a network without `config` or `input_shape`.
         OutputError: the folder exists or cannot be written.
     """
+    from clusterq.method import Result
+
+    if isinstance(model, Result):
+        config = config or model.config
+        channels, height, width = model.images.shape[1:]
+        input_shape = input_shape or (channels, height, width)
+        model = model.student
+    if config is None or input_shape is None:
+        raise TypeError("config and input_shape are needed to save a network; only a Result brings them along")
     with new_folder(path, overwrite=overwrite) as folder:
         write_checkpoint(
             model,
             folder,
             config=config,
             input_shape=input_shape,
-            num_classes=num_classes,
+            num_classes=output_classes(model, input_shape),
             source=source,
             mean=mean,
             std=std,
@@ -103,7 +115,7 @@ def write_checkpoint(
     std: tuple[float, ...] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """The two files of a checkpoint into an existing folder; arguments as `save`."""
+    """The two files of a checkpoint into an existing folder; arguments as `save` and `CheckpointRecord`."""
     from clusterq.versions import versions
 
     # Copies: safetensors refuses tensors that share memory, and tied weights do.
@@ -173,8 +185,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             from a Python file or was handed over as a module: code that a checkpoint names is never run.
 
     Raises:
-        CheckpointError: damaged (a single flipped bit is noticed), of an unknown format, made of a network that cannot be
-            rebuilt, or not fitting `model`.
+        CheckpointError: damaged (a single flipped bit is noticed), of an unknown format, made of a network that cannot
+            be rebuilt, or not fitting `model`.
     """
     from clusterq.qat.prepare import prepare
 

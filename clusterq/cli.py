@@ -223,20 +223,21 @@ def _carry_out(request: Any, options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
     from clusterq import checkpoint, data
-    from clusterq.models import build_model, load_model
+    from clusterq.models import build_model, load_model, own_transform
 
     device = _common(options, command)["device"]
     if options.checkpoint is not None:
         record = checkpoint.read_record(options.checkpoint)
         network = None if options.model is None else build_model(options.model)
         model = checkpoint.load(options.checkpoint, network)
-        normalization = _input(options)
-        images = data.open_data(
-            options.data,
-            input_shape=record.input_shape,
-            mean=normalization["mean"] or record.mean,
-            std=normalization["std"] or record.std,
-        )
+        if options.weights is not None or options.input_size is not None:
+            raise ValueError("a checkpoint has its own weights and input size; leave out --weights and --input-size")
+        given = _input(options)
+        mean, std = given["mean"] or record.mean, given["std"] or record.std
+        transform = None
+        if record.source is not None:
+            transform = own_transform(record.source, model, record.input_shape, mean, std)
+        images = data.open_data(options.data, input_shape=record.input_shape, mean=mean, std=std, transform=transform)
         data.check_fits(images, record.num_classes)
         name = str(options.checkpoint)
     elif options.model is not None:

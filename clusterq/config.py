@@ -1,7 +1,7 @@
 """Every setting of the method, with its default: the only place with default numbers.
 
-All classes are frozen dataclasses of plain values; `to_dict`/`from_dict` round-trip through JSON. `preset(name)` gives the
-three starting points `"default"`, `"paper"` and `"gdfq"`; `dataclasses.replace` changes single settings.
+All classes are frozen dataclasses of plain values; `to_dict`/`from_dict` round-trip through JSON. `preset(name)` gives
+the three starting points `"default"`, `"paper"` and `"gdfq"`; `dataclasses.replace` changes single settings.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class QuantizationConfig:
             None means `weight_bits`, as in the paper: all layers at the same width.
         layer_bits: weight or activation width by module name of the quantized twin, before everything else.
         weight_range: `"mse"` searches the step that minimises the squared error, `"minmax"` spans the extreme values.
-        activation_range: `"mse"` and `"minmax"` are set once on calibration images, `"ema"` follows the training batches.
-        learned_scale: train the steps (LSQ); needs `gradient="clipped"` semantics. Without it weights are re-ranged from
-            their live values in every forward and activations keep their calibrated or EMA range.
+        activation_range: `"mse"` and `"minmax"` are set once on calibration images, `"ema"` follows the training
+            batches.
+        learned_scale: train the steps (LSQ); needs `gradient="clipped"` semantics. Without it weights are re-ranged
+            from their live values in every forward and activations keep their calibrated or EMA range.
         gradient: straight-through estimator of the not-learned quantizers.
         weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
@@ -102,8 +103,8 @@ class SynthesisConfig:
         noise_mean, noise_spread: standard deviation of the diversity targets around a centroid (6).
         noise_relative: scale both by each channel's own BN standard deviation instead of absolute units.
         semantic_start: first BN layer (execution order, from 0) that carries centroids; None: (L + 1) // 2 - 2.
-        assignment: which samples form a class: `"teacher"` only those the teacher assigns to their label, `"label"` all,
-            `"nearest"` those whose statistics lie nearest to their label's centroid.
+        assignment: which samples form a class: `"teacher"` only those the teacher assigns to their label, `"label"`
+            all, `"nearest"` those whose statistics lie nearest to their label's centroid.
         autocast: bfloat16 autocast for the forward and backward passes.
     """
 
@@ -149,9 +150,10 @@ class FinetuneConfig:
 
     Attributes:
         steps, batch_size: length; 0 steps means calibration only.
-        images: `"bank"` draws from stored images, `"stream"` takes each batch fresh from the generator, which trains one
-            step before it.
-        optimizer, lr, momentum, weight_decay, schedule: SGD is Nesterov; `"step"` divides the rate by 10 at 1/4, 1/2, 3/4.
+        images: `"bank"` draws from stored images, `"stream"` takes each batch fresh from the generator, which trains
+            one step before it.
+        optimizer, lr, momentum, weight_decay, schedule: SGD is Nesterov; `"step"` divides the rate by 10 at 1/4, 1/2,
+            3/4.
         scale_lr_factor: learning rate of the quantization steps as a multiple of `lr`; they take no weight decay.
         ce_weight, kd_weight: hard-label cross-entropy (12) and distillation from the teacher (13).
         temperature: T of the distillation; the loss carries T^2 and is averaged over the batch.
@@ -226,8 +228,8 @@ def _build(cls: Any, data: Mapping[str, Any]) -> Any:
 def preset(name: str) -> ClusterQConfig:
     """A named starting point: `"default"`, `"paper"` (the published method as printed) or `"gdfq"` (no centroids).
 
-    `paper` and `gdfq` follow the published schedule in form, shortened to run on a CPU: `dataclasses.replace` restores any
-    length. Raises ValueError for an unknown name.
+    `paper` and `gdfq` follow the published schedule in form, shortened to run on a CPU: `dataclasses.replace` restores
+    any length. Raises ValueError for an unknown name.
     """
     if name == "default":
         return ClusterQConfig()

@@ -1,9 +1,10 @@
 """Evaluation sets and top-1/top-5 accuracy. Real images are used here and nowhere else: the method never sees them.
 
-A set is named by `digits` (scikit-learn's handwritten digits, held-out part), `cifar10:DIR` or `cifar100:DIR` (torchvision's
-layout), an `.npz` file (`images` uint8 [N, H, W, C], `labels` [N], optional `classes`), a folder with `images.zip` and
-`labels.csv` (`file,label`), or a folder of one sub-folder per class. Pixels are scaled to 0..1 and normalised per channel
-with the network's own mean and standard deviation; image files go through the library's own transform where there is one.
+A set is named by `digits` (scikit-learn's handwritten digits, held-out part), `cifar10:DIR` or `cifar100:DIR`
+(torchvision's layout), an `.npz` file (`images` uint8 [N, H, W, C], `labels` [N], optional `classes`), a folder with
+`images.zip` and `labels.csv` (`file,label`), or a folder of one sub-folder per class. Pixels are scaled to 0..1 and
+normalised per channel with the network's own mean and standard deviation; image files go through the library's own
+transform where there is one.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def evaluate(
         progress: called with images done and images in total (None when unknown) after each batch.
 
     Raises:
-        DataError: no images, a label outside the network's classes, or a declared class count that is not the network's.
+        DataError: no images, a label outside the network's classes, or another declared class count.
     """
     from clusterq.nn.layers import quantized_weights_kept
 
@@ -253,7 +254,7 @@ def _array_set(
 def _cifar(
     kind: str, root: str, input_shape: tuple[int, int, int], normalise: Callable[[Tensor], Tensor]
 ) -> EvaluationSet:
-    datasets = require("torchvision.datasets", purpose=kind, extra="torchvision")
+    datasets = require("torchvision.datasets", purpose=kind, extra="vision")
     # torchvision verifies the MD5 of every file before it unpickles one.
     try:
         source = getattr(datasets, kind.upper())(root, train=False, download=False)
@@ -312,7 +313,7 @@ def _array(name: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipIn
 def _file_transform(
     input_shape: tuple[int, int, int], normalise: Callable[[Tensor], Tensor]
 ) -> Callable[[Any], Tensor]:
-    """Resize the shorter side to size / 0.875 (never enlarging an image that covers the crop), centre crop, normalise."""
+    """Shorter side to size / 0.875 (an image that covers the crop is never enlarged), centre crop, normalise."""
     channels, height, width = input_shape
 
     def prepare(image: Any) -> Tensor:
@@ -333,7 +334,7 @@ def _file_transform(
 
 
 def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
-    pil = require("PIL.Image", purpose="reading image files", extra="torchvision")
+    pil = require("PIL.Image", purpose="reading image files", extra="vision")
     try:
         with open(path / "labels.csv", newline="") as file:
             rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
@@ -353,7 +354,7 @@ def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
 
 
 def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
-    datasets = require("torchvision.datasets", purpose="a folder of class folders", extra="torchvision")
+    datasets = require("torchvision.datasets", purpose="a folder of class folders", extra="vision")
     try:
         source = datasets.ImageFolder(str(path))
     except FileNotFoundError:

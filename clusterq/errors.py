@@ -1,7 +1,8 @@
 """Errors a user can act on: each carries one sentence that says what was found and what was wanted.
 
-The command line prints that sentence and ends with exit code 2; library code lets them pass as ordinary exceptions. They
-also derive from the built-in exception of their kind, so `except ValueError` works as it does for the rest of the package.
+The command line prints that sentence and ends with exit code 2; library code lets them pass as ordinary exceptions.
+They also derive from the built-in exception of their kind, so `except ValueError` works as it does for the rest of the
+package.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ matplotlib is imported here only when a picture is drawn, and always with its Ag
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from clusterq.errors import MissingPackageError, require
 
 INK, MUTED, GRID = "#1c2733", "#66727f", "#e3e8ee"
+_OTHERS = "#d3dae2"
 BARS = {
     "rounded_minmax": ("rounded, min/max ranges", "#c9d1da"),
     "rounded_mse": ("rounded, MSE ranges", "#8fa3b8"),
@@ -26,7 +26,7 @@ _CLASSES = (
     "#0b6e99", "#d1495b", "#3a8f5c", "#e0a030", "#8a5fb0",
     "#5bb5c9", "#7a4a2b", "#e98ab0", "#6b7785", "#a5b83d",
 )  # fmt: skip
-_GRID_CLASSES, _GRID_COLUMNS = 10, 12
+_GRID_CLASSES, _GRID_COLUMNS, _SINGLE_IMAGES = 10, 12, 60
 
 
 def draw(
@@ -56,7 +56,7 @@ def draw(
         return {"": f"No figures: {error}."}
     written = {}
     _images(folder / "images.png", images, labels)
-    written["images.png"] = "Synthesised images, one class per row. They were made from the network alone."
+    written["images.png"] = "Synthesised images with their classes, made from the network alone."
     if result["float"] is not None:
         _accuracy(folder / "accuracy.png", result)
         written["accuracy.png"] = "Top-1 on real images the method never saw."
@@ -87,25 +87,42 @@ def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, 
 
 
 def _images(path: Path, images: Tensor, labels: Tensor) -> None:
-    classes = torch.unique(labels)
-    if len(classes) > _GRID_CLASSES:
-        classes = classes[torch.linspace(0, len(classes) - 1, _GRID_CLASSES).round().long()]
-    rows = [images[labels == c][:_GRID_COLUMNS] for c in classes]
+    """One class per row where classes have several images, else single images with their class below."""
+    classes, counts = torch.unique(labels, return_counts=True)
+    by_row = int(counts.max()) >= 4
+    if by_row:
+        if len(classes) > _GRID_CLASSES:
+            classes = classes[torch.linspace(0, len(classes) - 1, _GRID_CLASSES).round().long()]
+        rows = [images[labels == c][:_GRID_COLUMNS] for c in classes]
+    else:
+        order = labels.argsort(stable=True)
+        chosen = order[torch.linspace(0, len(order) - 1, min(len(order), _SINGLE_IMAGES)).round().long()]
+        rows = list(torch.split(images[chosen], _GRID_COLUMNS))
+        names = list(torch.split(labels[chosen], _GRID_COLUMNS))
+    height, width = images.shape[-2:]
+    gap_x = max(1, width // 16)
+    gap_y = gap_x if by_row else round(0.28 * height)
     columns = max(len(row) for row in rows)
-    figure, axes = _figure(1, 1, max(0.52 * columns, 2.5) + 0.6, 0.52 * len(rows) + 0.1)
-    size, gap = images.shape[-1], max(1, images.shape[-1] // 16)
-    pitch_y, pitch_x = images.shape[-2] + gap, size + gap
-    canvas = torch.ones(len(rows) * pitch_y - gap, columns * pitch_x - gap, 3)
+    canvas = torch.ones(len(rows) * (height + gap_y) - gap_x, columns * (width + gap_x) - gap_x, 3)
+    cell = 0.52 if width <= 64 else 0.8
+    scale = cell / (width + gap_x)
+    figure, axes = _figure(1, 1, max(scale * canvas.shape[1] + 0.6, 2.5), scale * canvas.shape[0] + 0.1)
+    plot = axes[0]
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
-            shown = _displayable(image)
-            canvas[i * pitch_y : i * pitch_y + images.shape[-2], j * pitch_x : j * pitch_x + size] = shown
-    plot = axes[0]
-    plot.imshow(canvas.numpy(), interpolation="nearest", aspect="equal")
+            top, left = i * (height + gap_y), j * (width + gap_x)
+            canvas[top : top + height, left : left + width] = _displayable(image)
+            if not by_row:
+                below = (left + width / 2, top + height + 0.03 * height)
+                plot.annotate(str(int(names[i][j])), below, ha="center", va="top", fontsize=7, color=MUTED)
+    plot.imshow(canvas.numpy(), interpolation="nearest" if width <= 64 else "antialiased", aspect="equal")
     plot.set_xticks([])
-    plot.set_yticks([i * pitch_y + images.shape[-2] / 2 for i in range(len(rows))], [str(int(c)) for c in classes])
+    plot.set_yticks([])
+    if by_row:
+        middles = [i * (height + gap_y) + height / 2 for i in range(len(rows))]
+        plot.set_yticks(middles, [str(int(c)) for c in classes])
+        plot.set_ylabel("class", color=MUTED, fontsize=9)
     plot.tick_params(length=0, labelsize=9)
-    plot.set_ylabel("class", color=MUTED, fontsize=9)
     plot.spines[["left", "bottom"]].set_visible(False)
     figure.savefig(path)
 
@@ -220,14 +237,14 @@ def _label(plot: Any, title: str, ylabel: str, *, log: bool = False) -> None:
 
 
 def _separability(path: Path, panels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """The same class has the same colour in every panel; beyond ten classes the less frequent ones are grey."""
     figure, axes = _figure(len(panels), 1, 3.7 * len(panels) + 0.3, 3.7)
+    classes, counts = torch.unique(torch.cat([labels for _, labels in panels.values()]), return_counts=True)
+    shown = classes[counts.argsort(descending=True, stable=True)[: len(_CLASSES)]].sort().values
     for plot, (title, (points, labels)) in zip(axes, panels.items(), strict=True):
-        classes = torch.unique(labels).tolist()
-        shown = classes if len(classes) <= len(_CLASSES) else classes[:: math.ceil(len(classes) / len(_CLASSES))]
-        if len(shown) < len(classes):
-            rest = ~torch.isin(labels, torch.tensor(shown))
-            plot.scatter(points[rest, 0], points[rest, 1], s=7, color=GRID, linewidths=0)
-        for colour, c in zip(_CLASSES, shown, strict=False):
+        rest = ~torch.isin(labels, shown)
+        plot.scatter(points[rest, 0], points[rest, 1], s=8, color=_OTHERS, linewidths=0)
+        for colour, c in zip(_CLASSES, shown.tolist(), strict=False):
             own = labels == c
             plot.scatter(points[own, 0], points[own, 1], s=13, color=colour, alpha=0.8, linewidths=0, label=str(c))
         plot.set_title(f"{title} ({len(points)} images)", fontsize=10, loc="left", color=INK)
@@ -235,7 +252,14 @@ def _separability(path: Path, panels: Mapping[str, tuple[Tensor, Tensor]]) -> No
         plot.set_yticks([])
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(
-        handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8, labelcolor=INK,
-        handletextpad=0.1, columnspacing=0.9,
-    )  # fmt: skip
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handletextpad=0.1,
+        columnspacing=0.9,
+    )
     figure.savefig(path)

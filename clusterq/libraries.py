@@ -59,7 +59,7 @@ def _absent(library: str, weights: str, path: Path | str) -> ModelError:
 class _Torchvision:
     @staticmethod
     def _models() -> Any:
-        return require("torchvision.models", purpose="torchvision:NAME", extra="torchvision")
+        return require("torchvision.models", purpose="torchvision:NAME", extra="vision")
 
     def build(self, name: str) -> nn.Module:
         models = self._models()
@@ -107,7 +107,7 @@ class _Torchvision:
 class _Timm:
     @staticmethod
     def _timm() -> Any:
-        return require("timm", purpose="timm:NAME", extra="timm")
+        return require("timm", purpose="timm:NAME")
 
     def build(self, name: str) -> nn.Module:
         timm = self._timm()
@@ -116,28 +116,35 @@ class _Timm:
         model: nn.Module = timm.create_model(name, pretrained=False)
         return model
 
-    def weights(self, name: str, weights: str, download: bool) -> Path:
-        timm = self._timm()
+    def _published(self, name: str, weights: str | None) -> Any:
+        """timm's record of these weights, None when it has none: `weights` is a tag, or `default` for the usual one."""
         tagged = name if weights == "default" else f"{name.split('.', 1)[0]}.{weights}"
-        config = timm.models.get_pretrained_cfg(tagged)
-        if config is None or not config.hf_hub_id:
-            raise ModelError(f"timm:{name} has no weights {weights!r}")
-        hub = require("huggingface_hub", purpose="weights of timm", extra="timm")
-        repository = config.hf_hub_id
-        if repository.endswith("/"):
-            repository = f"{repository}{config.architecture}.{config.tag}"
         try:
-            return Path(
-                hub.hf_hub_download(
-                    repository, config.hf_hub_filename or "model.safetensors", local_files_only=not download
-                )
-            )
+            return self._timm().models.get_pretrained_cfg(tagged)
+        except RuntimeError:
+            return None
+
+    def weights(self, name: str, weights: str, download: bool) -> Path:
+        published = self._published(name, weights)
+        if published is None or not published.hf_hub_id:
+            raise ModelError(f"timm:{name} has no weights {weights!r}")
+        hub = require("huggingface_hub", purpose="weights of timm")
+        repository = published.hf_hub_id
+        if repository.endswith("/"):
+            repository = f"{repository}{published.architecture}.{published.tag}"
+        file = published.hf_hub_filename or "model.safetensors"
+        try:
+            return Path(hub.hf_hub_download(repository, file, local_files_only=not download))
         except hub.errors.LocalEntryNotFoundError:
             raise _absent("timm", weights, f"Hugging Face cache, {repository}") from None
 
     def describe(self, name: str, weights: str | None, model: nn.Module, facts: Facts) -> None:
-        data = require("timm.data", purpose="timm:NAME", extra="timm")
-        config = data.resolve_model_data_config(model)
+        data = require("timm.data", purpose="timm:NAME")
+        published = self._published(name, weights)
+        if published is None:
+            config = data.resolve_model_data_config(model)
+        else:
+            config = data.resolve_data_config(pretrained_cfg=published.to_dict())
         own = facts.size is None and facts.mean is None and facts.std is None
         channels, size, _ = config["input_size"]
         facts.fill(channels, size, tuple(config["mean"]), tuple(config["std"]))
@@ -147,7 +154,7 @@ class _Timm:
 
 class _Pytorchcv:
     def build(self, name: str) -> nn.Module:
-        provider = require("pytorchcv.model_provider", purpose="pytorchcv:NAME", extra="pytorchcv")
+        provider = require("pytorchcv.model_provider", purpose="pytorchcv:NAME")
         try:
             model: nn.Module = provider.get_model(name, pretrained=False)
         except ValueError:
@@ -157,7 +164,7 @@ class _Pytorchcv:
     def weights(self, name: str, weights: str, download: bool) -> Path:
         if weights not in ("default", name):
             raise ModelError(f"pytorchcv:{name} has one set of weights, 'default', not {weights!r}")
-        store = require("pytorchcv.models.common.model_store", purpose="pytorchcv:NAME", extra="pytorchcv")
+        store = require("pytorchcv.models.common.model_store", purpose="pytorchcv:NAME")
         try:
             error, sha1, _ = store.get_model_name_suffix_data(name)
         except ValueError:
@@ -170,9 +177,11 @@ class _Pytorchcv:
         return path
 
     def describe(self, name: str, weights: str | None, model: nn.Module, facts: Facts) -> None:
-        size = getattr(model, "in_size", None)
-        if facts.size is None and isinstance(size, tuple):
-            facts.size = int(size[0])
+        size = getattr(model, "in_size", (224, 224))[0]
+        if name.rsplit("_", 1)[-1] in ("cifar10", "cifar100"):
+            # The normalisation its authors evaluate these networks with; ImageNet's for all others.
+            facts.fill(3, size, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+        facts.size = facts.size or int(size)
 
 
 LIBRARIES: dict[str, Library] = {"torchvision": _Torchvision(), "timm": _Timm(), "pytorchcv": _Pytorchcv()}

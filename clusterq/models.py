@@ -1,8 +1,8 @@
 """Where trained networks come from: two built in, the model libraries, a user's own Python file.
 
 A specification is `builtin:resnet20`, `builtin:digits`, `torchvision:NAME`, `timm:NAME`, `pytorchcv:NAME` or
-`path/to/file.py:factory`. Weights are a file (safetensors, or a plain PyTorch state dict read with `weights_only=True` and
-never any other way) or the library's own name for them. Nothing is fetched from a network unless `download=True`.
+`path/to/file.py:factory`. Weights are a file (safetensors, or a plain PyTorch state dict read with `weights_only=True`
+and never any other way) or the library's own name for them. Nothing is fetched from a network unless `download=True`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def load_model(
         download: allow the library to fetch its own weights.
 
     Raises:
-        ModelError: an unknown name, weights that are absent, unreadable, damaged or of another shape, or a network whose
-            output is not [N, classes].
+        ModelError: an unknown name, weights that are absent, unreadable, damaged or of another shape, or a network
+            whose output is not [N, classes].
         MissingPackageError: the library is not installed.
     """
     kind, name = _split(spec)
@@ -150,6 +150,25 @@ def build_model(spec: str) -> nn.Module:
     return _from_file(*spec.rsplit(":", 1))
 
 
+def own_transform(
+    source: Source, model: nn.Module, input_shape: tuple[int, int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[Any], Tensor] | None:
+    """The evaluation transform of the library a network came from, if it makes images of this size and normalisation.
+
+    Args:
+        source: where the network came from.
+        model: the network, or its quantized twin.
+        input_shape, mean, std: what images are to be like.
+    """
+    kind, name = _split(source.model)
+    if kind not in LIBRARIES:
+        return None
+    facts = Facts()
+    LIBRARIES[kind].describe(name, source.weights, model, facts)
+    known = facts.size is not None and (facts.size, facts.mean, facts.std) == (input_shape[1], mean, std)
+    return facts.transform if known else None
+
+
 def output_classes(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Length of the network's output for one zero image of `input_shape` (channels, height, width).
 
@@ -181,8 +200,8 @@ def require_batch_norm(model: nn.Module) -> None:
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a weight file by name. A `state_dict`/`model` entry around them and a `module.` prefix are removed.
 
-    `.safetensors` is read with safetensors, everything else with `torch.load(weights_only=True)`; a file that this refuses
-    is an error, never a second try.
+    `.safetensors` is read with safetensors, everything else with `torch.load(weights_only=True)`; a file that this
+    refuses is an error, never a second try.
 
     Raises:
         ModelError: unreadable, damaged, not a dictionary of tensors, or holding a NaN or infinite value.
@@ -195,7 +214,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ModelError(
-            f"{path.name} holds more than plain tensors and was refused: loading it could run code; save its state_dict()"
+            f"{path.name} holds more than plain tensors and was refused, as loading it could run code: "
+            "save the network's state_dict() instead"
         ) from None
     except (OSError, RuntimeError, EOFError, KeyError, ValueError, _safetensor_error()) as error:
         raise ModelError(f"{path.name} cannot be read as a weight file: {_first_line(error)}") from error

@@ -14,6 +14,7 @@ from clusterq.checkpoint import load, read_record, save
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.errors import CheckpointError, OutputError
 from clusterq.folders import new_folder
+from clusterq.method import Result
 from clusterq.models import Source
 from clusterq.qat.prepare import prepare
 
@@ -47,7 +48,7 @@ def _twin(config: ClusterQConfig) -> nn.Module:
 
 def _save(path: Path, config: ClusterQConfig, **settings: object) -> nn.Module:
     twin = _twin(config)
-    save(twin, path, config=config, input_shape=SHAPE, num_classes=5, **settings)  # type: ignore[arg-type]
+    save(twin, path, config=config, input_shape=SHAPE, **settings)  # type: ignore[arg-type]
     return twin
 
 
@@ -81,6 +82,19 @@ def test_record_holds_config_and_source(tmp_path: Path) -> None:
     assert record.mean == (0.1,) * 3 and record.extra == {"note": 1}
     assert record.versions["torch"] == torch.__version__
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoint.json", "model.safetensors"]
+
+
+def test_result_of_the_method_brings_its_settings(tmp_path: Path) -> None:
+    config = _config(weight_bits=5)
+    twin = _twin(config)
+    result = Result(twin, config, 1.0, torch.zeros(2, *SHAPE), torch.zeros(2, dtype=torch.int64), {}, {}, {})
+    save(result, tmp_path / "run")
+    record = read_record(tmp_path / "run")
+    assert (record.config, record.input_shape, record.num_classes) == (config, SHAPE, 5)
+    x = torch.randn(3, *SHAPE)
+    assert torch.equal(load(tmp_path / "run", Tiny())(x), twin(x))
+    with pytest.raises(TypeError, match="config and input_shape"):
+        save(twin, tmp_path / "other", config=config)
 
 
 def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:

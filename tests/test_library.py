@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,9 +40,7 @@ def test_a_row_gives_a_reason_for_every_faster_kernel_it_lacks():
 
 
 def test_reference_can_be_forced():
-    done = run(
-        "from clusterq import ops; print({r.kernel for r in ops.backends()})", CLUSTERQ_BACKEND="reference"
-    )
+    done = run("from clusterq import ops; print({r.kernel for r in ops.backends()})", CLUSTERQ_BACKEND="reference")
     assert done.stdout.strip() == "{'reference'}", done.stderr
 
 
@@ -84,7 +83,5 @@ def test_import_brings_in_torch_only():
 
 def test_schemas_are_frozen():
     """A schema may gain a trailing argument with a default within a major version, nothing else."""
-    from pathlib import Path
-
     frozen = json.loads((Path(__file__).parent / "schemas_v0.json").read_text())
     assert {name: op.schema for name, op in _library._ops.items()} == frozen

@@ -18,6 +18,7 @@ from clusterq.models import (
     load_model,
     load_weights,
     output_classes,
+    own_transform,
     read_state_dict,
     require_batch_norm,
     tensors_sha256,
@@ -107,7 +108,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
         if name == "torch.pt":
             torch.save(payload, path)
         else:
-            path.write_bytes(pickle.dumps(payload))
+            path.write_bytes(pickle.dumps(payload, protocol=2))
         with pytest.raises(ModelError, match="refused"):
             read_state_dict(path)
     assert not touched.exists()
@@ -207,6 +208,9 @@ def test_torchvision_weights_from_cache_and_from_file(tmp_path: Path, monkeypatc
     loaded = load_model("torchvision:shufflenet_v2_x0_5", "IMAGENET1K_V1")
     assert loaded.input_shape == (3, 224, 224) and loaded.num_classes == 1000
     assert loaded.transform is not None
+    same = (loaded.input_shape, loaded.mean, loaded.std)
+    assert repr(own_transform(loaded.source, loaded.model, *same)) == repr(loaded.transform)
+    assert own_transform(loaded.source, loaded.model, (3, 64, 64), loaded.mean, loaded.std) is None
     smaller = load_model("torchvision:shufflenet_v2_x0_5", str(cached), input_size=64)
     assert smaller.input_shape == (3, 64, 64) and smaller.transform is None
     assert torch.equal(smaller.model.state_dict()["conv1.0.weight"], state["conv1.0.weight"])

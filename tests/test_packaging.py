@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("clusterq", "csrc", "kernels", "setup.py", "build_backend.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = (
+    "clusterq",
+    "csrc",
+    "kernels",
+    "setup.py",
+    "build_backend.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +111,23 @@ def test_build_records_every_library():
 
 
 def test_top_level_name_kernels_is_refused():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0 and "clusterq.kernels" in done.stderr
 
 
 def test_source_reads_no_environment_variable_that_is_not_documented():
     documented = (ROOT / "ENVIRONMENT.md").read_text()
-    import re
-
     found = set()
     for folder in ("clusterq", "csrc", "kernels", "bench"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".sh"):
                 found |= set(re.findall(r"\bCLUSTERQ_[A-Z_]+\b", path.read_text()))
     found |= set(re.findall(r"\bCLUSTERQ_[A-Z_]+\b", (ROOT / "setup.py").read_text()))
-    macros = {name for name in found if re.search(rf"-D{name}|#define {name}|#ifdef {name}|#ifndef {name}", all_source())}
+    macros = {
+        name for name in found if re.search(rf"-D{name}|#define {name}|#ifdef {name}|#ifndef {name}", all_source())
+    }
     missing = {name for name in found - macros if name not in documented}
     assert not missing, f"not in ENVIRONMENT.md: {sorted(missing)}"
 

@@ -1,9 +1,9 @@
 """The one place where ops are defined, given their default kernel, and bound to compiled or Triton kernels.
 
 An op module calls `register_op` once per op: the schema string lives there and nowhere else. The pure PyTorch reference
-becomes the op's default kernel (`CompositeExplicitAutograd`), so every device works; `csrc/cpu` and `csrc/cuda` register
-faster kernels for the same schema when their library loads; Triton launchers are attached to the CUDA key where no compiled
-kernel is present. `backends()` says which of them serves each op and why the others do not.
+becomes the op's default kernel (`CompositeExplicitAutograd`), so every device works; `csrc/cpu` and `csrc/cuda`
+register faster kernels for the same schema when their library loads; Triton launchers are attached to the CUDA key
+where no compiled kernel is present. `backends()` says which of them serves each op and why the others do not.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def load_backends() -> None:
 
 @dataclass(frozen=True)
 class Backend:
-    """Which kernel serves an op on a device type: `"cpp"`, `"cuda"`, `"triton"` or `"reference"`, and why not others."""
+    """Which kernel serves an op on a device type: `cpp`, `cuda`, `triton` or `reference`, and why no other."""
 
     op: str
     device: str
