@@ -11,6 +11,7 @@ from clusterq import nn, ops
 from clusterq.checkpoint import load, save
 from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, SynthesisConfig, preset
 from clusterq.data import EvaluationResult, evaluate
+from clusterq.diagnosis import doctor
 from clusterq.errors import ClusterQError
 from clusterq.method import ClusterQ, Result, quantize
 from clusterq.qat import prepare
@@ -26,6 +27,7 @@ __all__ = [
     "QuantizationConfig",
     "Result",
     "SynthesisConfig",
+    "doctor",
     "evaluate",
     "load",
     "nn",

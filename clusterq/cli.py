@@ -24,7 +24,8 @@ import clusterq
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import ClusterQError
 from clusterq.progress import ConsoleProgress
-from clusterq.settings import describe, override
+from clusterq.settings import describe as describe_settings
+from clusterq.settings import override
 
 PRESETS = ("default", "paper", "gdfq")
 
@@ -90,7 +91,8 @@ def _add_quantize(commands: Any) -> None:
         _quantize,
         "make low-bit versions of a trained network without data",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="settings for --set, with the values of preset default:\n  " + "\n  ".join(describe(preset("default"))),
+        epilog="settings for --set, with the values of preset default:\n  "
+        + "\n  ".join(describe_settings(preset("default"))),
     )
     _add_model(quantize)
     quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
@@ -277,10 +279,10 @@ def _bench(options: argparse.Namespace, command: str) -> int:
 
 
 def _doctor(options: argparse.Namespace, command: str) -> int:
-    from clusterq import doctor
+    from clusterq.diagnosis import describe, doctor
 
-    diagnosis = doctor.examine()
-    print(json.dumps(asdict(diagnosis), indent=2) if options.json else doctor.describe(diagnosis))
+    diagnosis = doctor()
+    print(json.dumps(asdict(diagnosis), indent=2) if options.json else describe(diagnosis))
     return 0 if diagnosis.healthy else 1
 
 

@@ -50,7 +50,7 @@ class Diagnosis:
     healthy: bool
 
 
-def examine() -> Diagnosis:
+def doctor() -> Diagnosis:
     """Look at the installation and run every self-check this machine can run."""
     states = []
     for row in _library.backends():

@@ -8,27 +8,27 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clusterq import doctor
+from clusterq import diagnosis
 from clusterq.cli import main
 from clusterq.ops import _library
 
 
 def test_every_op_has_a_self_check() -> None:
-    assert set(doctor.CASES) == set(_library._ops)
+    assert set(diagnosis.CASES) == set(_library._ops)
 
 
 def test_all_self_checks_pass_here() -> None:
-    diagnosis = doctor.examine()
-    assert diagnosis.healthy, [state for state in diagnosis.ops if state.check == "failed"]
-    assert {(state.op, state.device) for state in diagnosis.ops} == {
+    found = diagnosis.doctor()
+    assert found.healthy, [state for state in found.ops if state.check == "failed"]
+    assert {(state.op, state.device) for state in found.ops} == {
         (op, device) for op in _library._ops for device in ("cpu", "cuda")
     }
-    on_cpu = [state for state in diagnosis.ops if state.device == "cpu"]
+    on_cpu = [state for state in found.ops if state.device == "cpu"]
     assert all(state.check == ("ran" if state.kernel == "reference" else "passed") for state in on_cpu)
 
 
 def test_every_missing_kernel_has_a_reason() -> None:
-    for state in doctor.examine().ops:
+    for state in diagnosis.doctor().ops:
         if state.kernel == "reference":
             assert state.missing and all(state.missing.values())
 
@@ -47,10 +47,10 @@ def test_disagreement_with_the_reference_fails(monkeypatch: pytest.MonkeyPatch, 
         return tuple(t + 1 for t in result) if isinstance(result, tuple) else result + 1
 
     _wrong_reference(monkeypatch, name, changed)
-    diagnosis = doctor.examine()
-    assert not diagnosis.healthy
-    assert [state.op for state in diagnosis.ops if state.check == "failed"] == [name]
-    assert f"FAILED: {name}" in doctor.describe(diagnosis)
+    found = diagnosis.doctor()
+    assert not found.healthy
+    assert [state.op for state in found.ops if state.check == "failed"] == [name]
+    assert f"FAILED: {name}" in diagnosis.describe(found)
 
 
 def test_disagreement_in_an_argument_changed_in_place_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_disagreement_in_an_argument_changed_in_place_fails(monkeypatch: pytest.
         return None
 
     _wrong_reference(monkeypatch, "update_centroids_", idle)
-    failed = [state for state in doctor.examine().ops if state.check == "failed"]
+    failed = [state for state in diagnosis.doctor().ops if state.check == "failed"]
     assert [state.op for state in failed] == ["update_centroids_"]
 
 
@@ -67,16 +67,16 @@ def test_raising_kernel_fails_with_its_message(monkeypatch: pytest.MonkeyPatch) 
         raise RuntimeError("no such luck\nsecond line")
 
     _wrong_reference(monkeypatch, "dequantize", broken)
-    failed = [state for state in doctor.examine().ops if state.check == "failed"]
+    failed = [state for state in diagnosis.doctor().ops if state.check == "failed"]
     assert [(state.op, state.detail) for state in failed] == [("dequantize", "no such luck")]
 
 
 def test_nan_at_another_place_is_a_difference() -> None:
     one, nan = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")])
-    assert doctor._difference(one, nan) and doctor._difference(nan, one)
-    assert doctor._difference(nan, nan) == ""
-    assert doctor._difference(torch.tensor([1]), torch.tensor([2]))
-    assert doctor._difference(one, one + 1e-3)
+    assert diagnosis._difference(one, nan) and diagnosis._difference(nan, one)
+    assert diagnosis._difference(nan, nan) == ""
+    assert diagnosis._difference(torch.tensor([1]), torch.tensor([2]))
+    assert diagnosis._difference(one, one + 1e-3)
 
 
 def test_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
