@@ -7,14 +7,31 @@ instead.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import re
 import shutil
+import site
 import sysconfig
-from pathlib import Path
 from typing import Any
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  (the hooks that need no change)
+
+_OLDEST = (2, 11)
+
+
+def _target_folders() -> list[str]:
+    """Where the interpreter that runs this isolated build keeps the packages of the environment it was started from."""
+    return [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+
+
+def _has_torch() -> bool:
+    for distribution in importlib.metadata.distributions(name="torch", path=_target_folders()):
+        release = tuple(int(part) for part in re.findall(r"\d+", distribution.version)[:2])
+        if release >= _OLDEST:
+            return True
+    return False
 
 
 def _torch_requirement() -> list[str]:
@@ -24,10 +41,7 @@ def _torch_requirement() -> list[str]:
     compilers = (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")
     if not any(name and shutil.which(name) for name in compilers):
         return []
-    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
-    if any((Path(folder) / "torch").is_dir() for folder in folders):
-        return []
-    return ["torch>=2.11"]
+    return [] if _has_torch() else ["torch>=" + ".".join(map(str, _OLDEST))]
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

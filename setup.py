@@ -18,7 +18,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
 RECORD = ROOT / "clusterq" / "_build.json"
@@ -51,9 +53,10 @@ def find_torch() -> None:
 
 
 def find_compiler() -> str:
-    """The C++ compiler that will be used."""
+    """The C++ compiler, made the one that torch's build helper uses too."""
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         if name and shutil.which(name.split()[0]):
+            os.environ["CXX"] = name
             return name
     raise Unavailable("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
 
@@ -89,7 +92,7 @@ def compiler_version(compiler: str) -> str:
     return re.sub(r"[^\w .()+:~-]", "", lines[0]) if lines else compiler
 
 
-def cpu_extension() -> object:
+def cpu_extension() -> Extension:
     if os.environ.get("CLUSTERQ_EXT") == "0":
         raise Unavailable("left out by CLUSTERQ_EXT=0")
     compiler = find_compiler()
@@ -118,7 +121,7 @@ def cuda_toolkit() -> str:
     return str(Path(match.group(1)).resolve())
 
 
-def cuda_extension() -> object:
+def cuda_extension() -> Extension:
     """CUDA library: decided by torch's own CUDA and nvcc, never by a visible GPU, so that it builds in a container."""
     if os.environ.get("CLUSTERQ_EXT") == "0" or os.environ.get("CLUSTERQ_CUDA") == "0":
         raise Unavailable("left out by CLUSTERQ_EXT=0 or CLUSTERQ_CUDA=0")
@@ -175,6 +178,7 @@ def build_command() -> type:
         """BuildExtension that records what was built once the compilers have succeeded."""
 
         def run(self) -> None:
+            refuse_forced()
             super().run()
             write_record()
             if not self.inplace and not self.editable_mode:
@@ -182,40 +186,60 @@ def build_command() -> type:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(RECORD, target)
 
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except (RuntimeError, BaseError) as error:
+                # The CPU library is worth having without the CUDA one.
+                if extension.name != "clusterq._C_cuda" or os.environ.get("CLUSTERQ_CUDA") == "1":
+                    raise
+                record["cuda"] = f"did not compile ({error}); CLUSTERQ_CUDA=1 shows why, CLUSTERQ_CUDA=0 leaves it out"
+                print(f"clusterq: CUDA library {record['cuda']}", file=sys.stderr)
+                extension.optional = True
+
     return Build
 
 
+class BuildPython(build_py):
+    """Records why there is no library where none is built, before the package's files are collected."""
+
+    def run(self) -> None:
+        refuse_forced()
+        if not extensions:
+            write_record()
+        super().run()
+
+
 def write_record() -> None:
+    """Write what happened, and remove libraries of earlier builds that did not take part."""
+    for key, name in LIBRARIES.items():
+        if record[key] != "built":
+            for path in ROOT.glob(f"clusterq/{name}.*.so"):
+                path.unlink()
     digest = hashlib.sha256("\n".join(sorted(declared_schemas())).encode()).hexdigest()
     RECORD.write_text(json.dumps({**record, "schema_digest": digest}, indent=2) + "\n")
 
 
-def outdated(name: str) -> None:
-    """A library that is not rebuilt must not be found by a later import."""
-    for path in ROOT.glob(f"clusterq/{name}.*"):
-        if path.suffix in (".so", ".pyd"):
-            path.unlink()
+def refuse_forced() -> None:
+    """End the build when a library was asked for that cannot be built."""
+    for key, variable in (("cpp", "CLUSTERQ_EXT"), ("cuda", "CLUSTERQ_CUDA")):
+        if os.environ.get(variable) == "1" and record[key] != "built":
+            raise SystemExit(f"clusterq: {variable}=1, but the {key} library cannot be built: {record[key]}")
 
 
+LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}
 record: dict[str, str] = {}
-extensions: list[object] = []
+extensions: list[Extension] = []
 # CUDA first: torch's build helper reads CUDA_HOME when it is imported, and cuda_extension sets it.
-for key, name, make in (("cuda", "_C_cuda", cuda_extension), ("cpp", "_C", cpu_extension)):
+for library, make in (("cuda", cuda_extension), ("cpp", cpu_extension)):
     try:
         extensions.append(make())
-        record[key] = "built"
+        record[library] = "built"
     except Unavailable as reason:
-        record[key] = str(reason)
-        outdated(name)
-        forced = (key == "cpp" and os.environ.get("CLUSTERQ_EXT") == "1") or (
-            key == "cuda" and os.environ.get("CLUSTERQ_CUDA") == "1"
-        )
-        if forced:
-            raise SystemExit(f"clusterq: the {key} library was asked for but cannot be built: {reason}") from reason
-if extensions and "MAX_JOBS" not in os.environ:
+        record[library] = str(reason)
+if "MAX_JOBS" not in os.environ:
     os.environ["MAX_JOBS"] = str(min(os.cpu_count() or 1, 8))
-if not extensions:
-    write_record()
 print("clusterq: " + "; ".join(f"{key} library: {value}" for key, value in record.items()), file=sys.stderr)
 
-setup(ext_modules=extensions, cmdclass={"build_ext": build_command()} if extensions else {})
+commands = {"build_py": BuildPython, **({"build_ext": build_command()} if extensions else {})}
+setup(ext_modules=extensions, cmdclass=commands)

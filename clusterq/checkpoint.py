@@ -200,7 +200,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if record.source is None or record.source.model.split(":", 1)[0] not in _REBUILT:
             origin = record.source.model if record.source is not None else "a module"
             raise CheckpointError(f"the network of {path} came from {origin}: hand over the network itself to load it")
-        model = build_model(record.source.model)
+        model = build_model(record.source.model, record.num_classes)
     state = require("safetensors.torch", purpose="loading a network").load_file(file)
     try:
         twin = prepare(model.cpu(), record.config.quantization, example_input=torch.zeros(1, *record.input_shape))

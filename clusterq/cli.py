@@ -41,12 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("clusterq: interrupted, nothing was written", file=sys.stderr)
         return 130
-    except (ClusterQError, ValueError, OSError) as error:
+    # PyTorch reports a device out of memory, a kernel that cannot run and the like as RuntimeError.
+    except (ClusterQError, ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("CLUSTERQ_TRACEBACK") == "1":
             raise
-        print(f"clusterq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"clusterq: error: {_sentence(error)}", file=sys.stderr)
         return 2
     return code
+
+
+def _sentence(error: Exception) -> str:
+    """One line; of an error that was not raised for the user, its kind and where to learn more as well."""
+    text = str(error).strip()
+    if isinstance(error, (ClusterQError, ValueError, OSError)):
+        return " ".join(text.split()) or type(error).__name__
+    first = text.splitlines()[0] if text else "no message"
+    return f"{type(error).__name__}: {first} (CLUSTERQ_TRACEBACK=1 shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -225,17 +235,26 @@ def _carry_out(request: Any, options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
     from clusterq import checkpoint, data
+    from clusterq.libraries import named_normalization
     from clusterq.models import build_model, load_model, own_transform
 
     device = _common(options, command)["device"]
     if options.checkpoint is not None:
         record = checkpoint.read_record(options.checkpoint)
-        network = None if options.model is None else build_model(options.model)
+        network = None if options.model is None else build_model(options.model, record.num_classes)
         model = checkpoint.load(options.checkpoint, network)
         if options.weights is not None or options.input_size is not None:
             raise ValueError("a checkpoint has its own weights and input size; leave out --weights and --input-size")
         given = _input(options)
         mean, std = given["mean"] or record.mean, given["std"] or record.std
+        if given["normalization"] is not None:
+            mean, std = named_normalization(given["normalization"], record.input_shape[0])
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != record.input_shape[0]:
+                raise ValueError(
+                    f"{name} has {len(values)} values; the network takes {record.input_shape[0]} channels: "
+                    "give --normalization, or --mean and --std"
+                )
         transform = None
         if record.source is not None:
             transform = own_transform(record.source, model, record.input_shape, mean, std)
@@ -305,19 +324,16 @@ def _widths(texts: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _input(options: argparse.Namespace) -> dict[str, Any]:
-    from clusterq.data import NORMALIZATIONS
-
     mean, std = options.mean, options.std
     if (mean is None) != (std is None):
         raise ValueError("--mean and --std belong together")
-    if options.normalization is not None:
-        if mean is not None:
-            raise ValueError("--normalization and --mean are both given; wanted one of them")
-        mean, std = NORMALIZATIONS[options.normalization]
+    if options.normalization is not None and mean is not None:
+        raise ValueError("--normalization and --mean are both given; wanted one of them")
     return {
         "input_size": options.input_size,
         "mean": None if mean is None else tuple(mean),
         "std": None if std is None else tuple(std),
+        "normalization": options.normalization,
         "download": options.download,
     }
 
@@ -330,8 +346,11 @@ def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise ValueError(f"--device {device}: wanted cpu, cuda or cuda:NUMBER")
+    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: this PyTorch finds {torch.cuda.device_count()} CUDA devices")
     return {
         "limit": options.limit,
         "evaluation_batch": options.batch_size,

@@ -2,14 +2,19 @@
 
 All classes are frozen dataclasses of plain values; `to_dict`/`from_dict` round-trip through JSON. `preset(name)` gives
 the three starting points `"default"`, `"paper"` and `"gdfq"`; `dataclasses.replace` changes single settings.
+
+Every class checks itself when it is made: a value of the wrong type or out of range, and settings that contradict each
+other, raise ValueError with the setting's name, what it got and what it wanted. Ranges stand beside the types below.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from clusterq.settings import Range, check_fields
 
 WeightRange = Literal["mse", "minmax"]
 ActivationRange = Literal["mse", "minmax", "ema"]
@@ -23,6 +28,42 @@ Optimizer = Literal["sgd", "adam"]
 Schedule = Literal["cosine", "step", "constant"]
 GeneratorForm = Literal["auto", "embedding", "conditional_norm"]
 ImageSchedule = Literal["cosine", "constant"]
+GeneratorSchedule = Literal["step", "constant"]
+DistillationReduction = Literal["batchmean", "mean"]
+
+Bits = Annotated[int, Range(at_least=2, at_most=8)]
+Count = Annotated[int, Range(at_least=1)]
+Steps = Annotated[int, Range(at_least=0)]
+Index = Annotated[int, Range(at_least=0)]
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
+Weight = Annotated[float, Range(at_least=0)]
+Positive = Annotated[float, Range(above=0)]
+Momentum = Annotated[float, Range(at_least=0, below=1)]
+
+
+class LayerBits(Mapping[str, int]):
+    """Widths by module name that cannot be changed, so that a configuration can be hashed and shared.
+
+    Equal to any mapping with the same items.
+    """
+
+    def __init__(self, bits: Mapping[str, int]) -> None:
+        self._bits = dict(bits)
+
+    def __getitem__(self, name: str) -> int:
+        return self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._bits.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._bits)
 
 
 @dataclass(frozen=True)
@@ -36,45 +77,44 @@ class QuantizationConfig:
         weight_bits, activation_bits: widths, 2 to 8 (any mixture, such as W4A8).
         first_layer_bits, last_layer_bits: weight width of the first and of the last Conv2d/Linear in execution order;
             None means `weight_bits`, as in the paper: all layers at the same width.
-        layer_bits: weight or activation width by module name of the quantized twin, before everything else.
+        layer_bits: weight or activation width by module name of the quantized twin, before everything else; kept as
+            a mapping that cannot be changed.
         weight_range: `"mse"` searches the step that minimises the squared error, `"minmax"` spans the extreme values.
         activation_range: `"mse"` and `"minmax"` are set once on calibration images, `"ema"` follows the training
             batches.
-        learned_scale: train the steps (LSQ); needs `gradient="clipped"` semantics. Without it weights are re-ranged
-            from their live values in every forward and activations keep their calibrated or EMA range.
+        learned_scale: train the steps (LSQ); excludes `activation_range="ema"` and `gradient="pass_through"`. Without
+            it weights are re-ranged from their live values in every forward and activations keep their calibrated or
+            EMA range.
         gradient: straight-through estimator of the not-learned quantizers.
         weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
         range_steps: training forwards after which EMA ranges are frozen.
     """
 
-    weight_bits: int = 4
-    activation_bits: int = 4
-    first_layer_bits: int | None = None
-    last_layer_bits: int | None = None
-    layer_bits: Mapping[str, int] = field(default_factory=dict)
+    weight_bits: Bits = 4
+    activation_bits: Bits = 4
+    first_layer_bits: Bits | None = None
+    last_layer_bits: Bits | None = None
+    layer_bits: Mapping[str, Bits] = field(default_factory=dict)
     weight_range: WeightRange = "mse"
     activation_range: ActivationRange = "mse"
     learned_scale: bool = True
     gradient: Gradient = "clipped"
-    weight_symmetric: bool = True
+    weight_symmetric: bool = False
     activation_symmetric: bool = False
-    range_momentum: float = 0.9
-    range_steps: int = 800
+    range_momentum: Momentum = 0.9
+    range_steps: Steps = 800
 
     def __post_init__(self) -> None:
-        widths = {
-            "weight_bits": self.weight_bits,
-            "activation_bits": self.activation_bits,
-            "first_layer_bits": self.first_layer_bits,
-            "last_layer_bits": self.last_layer_bits,
-            **{f"layer_bits[{k!r}]": v for k, v in self.layer_bits.items()},
-        }
-        for name, bits in widths.items():
-            if bits is not None and not 2 <= bits <= 8:
-                raise ValueError(f"{name} is {bits}; supported widths are 2 to 8 bits")
-        if not 0 <= self.range_momentum < 1:
-            raise ValueError(f"range_momentum is {self.range_momentum}; wanted 0 <= range_momentum < 1")
+        check_fields(self, "quantization")
+        object.__setattr__(self, "layer_bits", LayerBits(self.layer_bits))
+        if self.learned_scale:
+            for name, value in (("activation_range", "ema"), ("gradient", "pass_through")):
+                if getattr(self, name) == value:
+                    raise ValueError(
+                        f"quantization.{name} is {value!r} with quantization.learned_scale; "
+                        f"wanted learned_scale=False or another {name}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -84,10 +124,14 @@ class SynthesisConfig:
     Attributes:
         source: `"generator"` trains a conditional generator, `"bank"` optimises stored images directly.
         batch_size: images per synthesis step.
-        warmup_steps: generator steps with CE + BN alignment only (7), before the centroids exist.
-        steps: generator steps with the full loss (10) after the warm-up; for a streaming source these run during
-            fine-tuning instead, one per student step.
+        warmup_steps: generator steps with CE + BN alignment only (7), before the centroids exist. For the bank: rounds
+            over all images, of its `image_steps`; with centroids it needs some, such as `image_steps // 4`, for the
+            images start as noise, and centroids set from noise pull them back to it.
+        steps: generator steps with the full loss (10) after the warm-up. With `finetune.images="stream"` these run
+            during fine-tuning instead, one per student step, and `finetune.steps` takes the place of this number.
         latent_dim, generator_lr, generator_betas: the conditional generator (GDFQ's architecture) and its Adam.
+        generator_schedule: course of `generator_lr`: `"step"` divides it by 10 at 1/4, 1/2 and 3/4 of the generator's
+            steps, warm-up included.
         generator: `"embedding"` (the published CIFAR form), `"conditional_norm"` (the ImageNet form), or `"auto"`: the
             latter from 64 pixels or 200 classes on.
         generator_width: channels of its first two stages.
@@ -109,39 +153,41 @@ class SynthesisConfig:
     """
 
     source: Source = "bank"
-    batch_size: int = 128
-    warmup_steps: int = 0
-    steps: int = 0
-    latent_dim: int = 100
-    generator_lr: float = 1e-3
-    generator_betas: tuple[float, float] = (0.5, 0.999)
+    batch_size: Count = 128
+    warmup_steps: Steps = 0
+    steps: Steps = 0
+    latent_dim: Count = 100
+    generator_lr: Positive = 1e-3
+    generator_betas: tuple[Momentum, Momentum] = (0.5, 0.999)
+    generator_schedule: GeneratorSchedule = "constant"
     generator: GeneratorForm = "auto"
-    generator_width: int = 128
-    num_images: int = 512
-    image_steps: int = 200
-    image_lr: float = 0.1
+    generator_width: Count = 128
+    num_images: Count = 512
+    image_steps: Count = 200
+    image_lr: Positive = 0.1
     image_schedule: ImageSchedule = "cosine"
-    ce_weight: float = 1.0
-    bns_weight: float = 1.0
-    alignment_weight: float = 0.0
-    diversity_weight: float = 0.0
+    ce_weight: Weight = 1.0
+    bns_weight: Weight = 1.0
+    alignment_weight: Weight = 0.0
+    diversity_weight: Weight = 0.0
     bns_reduction: Reduction = "sum"
     class_reduction: Reduction = "mean"
     spread: Spread = "std"
-    decay: float = 0.8
-    noise_mean: float = 0.5
-    noise_spread: float = 1.0
+    decay: Momentum = 0.8
+    noise_mean: Weight = 0.5
+    noise_spread: Weight = 1.0
     noise_relative: bool = False
-    semantic_start: int | None = None
+    semantic_start: Index | None = None
     assignment: Assignment = "teacher"
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "latent_dim", "num_images", "image_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; wanted at least 1")
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay is {self.decay}; wanted 0 <= decay < 1")
+        check_fields(self, "synthesis")
+
+    @property
+    def uses_centroids(self) -> bool:
+        """Whether a class term, and with it the centroids, takes part in the loss."""
+        return self.alignment_weight != 0 or self.diversity_weight != 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +202,9 @@ class FinetuneConfig:
             3/4.
         scale_lr_factor: learning rate of the quantization steps as a multiple of `lr`; they take no weight decay.
         ce_weight, kd_weight: hard-label cross-entropy (12) and distillation from the teacher (13).
-        temperature: T of the distillation; the loss carries T^2 and is averaged over the batch.
+        temperature: T of the distillation; the loss carries T^2.
+        kd_reduction: `"batchmean"` sums the divergence over the K classes and averages over the batch; `"mean"`, GDFQ's
+            form, averages over both and is K times weaker.
         grad_clip: largest gradient norm; 0 switches clipping off.
         augment: random crop (padding 4 at 32 pixels, in proportion elsewhere) and horizontal flip.
         train_batch_norm: train gamma and beta of BatchNorm; its running statistics are always frozen.
@@ -164,48 +212,80 @@ class FinetuneConfig:
         autocast: bfloat16 autocast for the forward and backward passes.
     """
 
-    steps: int = 300
-    batch_size: int = 128
+    steps: Steps = 300
+    batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"
-    lr: float = 1e-3
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr: Positive = 1e-3
+    momentum: Momentum = 0.9
+    weight_decay: Weight = 1e-4
     schedule: Schedule = "cosine"
-    scale_lr_factor: float = 1.0
-    ce_weight: float = 0.0
-    kd_weight: float = 1.0
-    temperature: float = 20.0
-    grad_clip: float = 0.0
+    scale_lr_factor: Weight = 1.0
+    ce_weight: Weight = 0.0
+    kd_weight: Weight = 1.0
+    temperature: Positive = 20.0
+    kd_reduction: DistillationReduction = "batchmean"
+    grad_clip: Weight = 0.0
     augment: bool = True
     train_batch_norm: bool = True
-    calibration_images: int = 256
+    calibration_images: Count = 256
     autocast: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}; wanted 0 or more")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; wanted at least 1")
+        check_fields(self, "finetune")
+        if self.steps > 0 and self.ce_weight + self.kd_weight == 0:
+            raise ValueError(
+                "finetune.ce_weight and finetune.kd_weight are both 0; wanted at least one term of the loss"
+            )
 
 
 @dataclass(frozen=True)
 class ClusterQConfig:
-    """The whole method: quantization, synthesis, fine-tuning and the seed."""
+    """The whole method: quantization, synthesis, fine-tuning and the seed.
+
+    Raises ValueError for parts that do not go together: streaming from a bank, a generator that takes no step before
+    its images are stored, or a bank whose centroids would be set from noise or never.
+    """
 
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    seed: int = 0
+    seed: Seed = 0
     preset: str = "default"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "")
+        synthesis = self.synthesis
+        if synthesis.source == "generator":
+            if self.finetune.images == "bank" and synthesis.warmup_steps + synthesis.steps == 0:
+                raise ValueError(
+                    "synthesis.warmup_steps and synthesis.steps are both 0 with synthesis.source='generator' and "
+                    "finetune.images='bank': the generator would not be trained; wanted at least one step, such as "
+                    "synthesis.steps=300"
+                )
+            return
+        if self.finetune.images == "stream":
+            raise ValueError(
+                "finetune.images is 'stream' with synthesis.source='bank'; wanted finetune.images='bank' or "
+                "synthesis.source='generator'"
+            )
+        if synthesis.uses_centroids and not 1 <= synthesis.warmup_steps < synthesis.image_steps:
+            raise ValueError(
+                f"synthesis.warmup_steps is {synthesis.warmup_steps} with class terms on a bank of "
+                f"{synthesis.image_steps} rounds; wanted 1 to {synthesis.image_steps - 1} rounds before the centroids "
+                f"are set, such as image_steps // 4 = {synthesis.image_steps // 4}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, ready for JSON."""
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self)
+        data["quantization"]["layer_bits"] = dict(self.quantization.layer_bits)
+        return data
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ClusterQConfig:
-        """Inverse of `to_dict`. Raises ValueError for an unknown setting."""
+        """Inverse of `to_dict`. Raises ValueError for an unknown setting or a value that does not fit."""
+        data = _settings_of(ClusterQConfig, data)
         parts = {
             "quantization": _build(QuantizationConfig, data.get("quantization", {})),
             "synthesis": _build(SynthesisConfig, data.get("synthesis", {})),
@@ -216,7 +296,14 @@ class ClusterQConfig:
         return config
 
 
+def _settings_of(cls: Any, data: object) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{cls.__name__} is {data!r}; wanted a mapping of settings")
+    return data
+
+
 def _build(cls: Any, data: Mapping[str, Any]) -> Any:
+    data = _settings_of(cls, data)
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
@@ -226,34 +313,60 @@ def _build(cls: Any, data: Mapping[str, Any]) -> Any:
 
 
 def preset(name: str) -> ClusterQConfig:
-    """A named starting point: `"default"`, `"paper"` (the published method as printed) or `"gdfq"` (no centroids).
+    """A named starting point: `"default"`, `"paper"` (ClusterQ as printed) or `"gdfq"` (GDFQ as released).
 
-    `paper` and `gdfq` follow the published schedule in form, shortened to run on a CPU: `dataclasses.replace` restores
-    any length. Raises ValueError for an unknown name.
+    `paper` follows equations (1) to (13) of arXiv 2205.00179v1: symmetric ranges, sums over layers, classes and
+    channels, standard deviations, and plain KL divergence with temperature 1 and weight 1. `gdfq` follows GDFQ's code:
+    asymmetric ranges, no centroids, means over layers and channels, variances, and distillation at temperature 20
+    averaged over batch and classes.
+
+    Both keep the form of the published schedule and shorten it to run on a CPU: 400 steps of the generator, the first
+    100 of them warm-up, and 300 of the student beside the rest, where the publications run 400 epochs of 200 steps
+    (80 000) with a warm-up of 4 to 50 epochs. Both learning rates fall by 10 at 1/4, 1/2 and 3/4 of their own steps,
+    as published at epochs 100, 200 and 300 of 400; batches have 128 images, published 16 to 512. EMA ranges freeze
+    after `range_steps` = 800 forwards, as in GDFQ's code, so not within 300 steps. `dataclasses.replace` restores any
+    length: `synthesis.warmup_steps` and `finetune.steps` are the two to set.
+
+    Deviation from equation (1) in `paper`: activations are quantized after the activation function, and those that are
+    never negative, as after ReLU, use one-sided codes; symmetric codes would leave half of them unused.
+
+    Raises ValueError for an unknown name.
     """
     if name == "default":
         return ClusterQConfig()
     if name not in ("paper", "gdfq"):
         raise ValueError(f"preset {name!r} is not one of default, paper, gdfq")
+    paper = name == "paper"
     quantization = QuantizationConfig(
         weight_range="minmax",
         activation_range="ema",
         learned_scale=False,
         gradient="pass_through",
-        weight_symmetric=name == "paper",
-        activation_symmetric=name == "paper",
+        weight_symmetric=paper,
+        activation_symmetric=paper,
     )
     synthesis = SynthesisConfig(
         source="generator",
         warmup_steps=100,
         steps=300,
+        generator_schedule="step",
         bns_weight=0.1,
-        bns_reduction="sum",
+        bns_reduction="sum" if paper else "mean",
+        spread="std" if paper else "var",
         class_reduction="sum",
-        alignment_weight=0.9 if name == "paper" else 0.0,
-        diversity_weight=0.6 if name == "paper" else 0.0,
+        alignment_weight=0.9 if paper else 0.0,
+        diversity_weight=0.6 if paper else 0.0,
     )
     finetune = FinetuneConfig(
-        images="stream", lr=1e-4, schedule="step", ce_weight=1.0, kd_weight=1.0, augment=False, weight_decay=1e-4
+        steps=300,
+        images="stream",
+        lr=1e-4,
+        schedule="step",
+        ce_weight=1.0,
+        kd_weight=1.0,
+        temperature=1.0 if paper else 20.0,
+        kd_reduction="batchmean" if paper else "mean",
+        augment=False,
+        weight_decay=1e-4,
     )
     return ClusterQConfig(quantization, synthesis, finetune, preset=name)

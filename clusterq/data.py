@@ -12,7 +12,9 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +22,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from clusterq.errors import DataError, require
-from clusterq.models import IMAGENET_MEAN, IMAGENET_STD, LoadedModel
+from clusterq.errors import DataError, ModelError, require
+from clusterq.models import LoadedModel
 
 if TYPE_CHECKING:
     import numpy as np
 
-NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "none": ((0.0,), (1.0,)),
-}
 DIGITS_HELD_OUT = 500
 _DIGITS_SPLIT_SEED = 0
 _MAX_HEADER = 4096
+# What zipfile raises for archives that are damaged, encrypted (RuntimeError) or packed in an unknown way.
+_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,7 @@ def evaluate(
 
     Raises:
         DataError: no images, a label outside the network's classes, or another declared class count.
+        ModelError: an output that is NaN or infinite.
     """
     from clusterq.nn.layers import quantized_weights_kept
 
@@ -139,6 +138,10 @@ def evaluate(
                         check_fits(data, classes)
                 if int(labels.max()) >= classes or int(labels.min()) < 0:
                     raise DataError(f"label {int(labels.max())} is out of range for a network with {classes} classes")
+                if not bool(torch.isfinite(y).all()):
+                    raise ModelError(
+                        f"the network's output is NaN or infinite among images {count} to {count + len(y) - 1}"
+                    )
                 top = y.float().topk(min(5, classes), dim=1).indices.cpu() == labels.cpu()[:, None]
                 hits1 += int(top[:, 0].sum())
                 hits5 += int(top.any(dim=1).sum())
@@ -271,7 +274,7 @@ def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Ten
             images = _array(path.name, archive, members, "images")
             labels = _array(path.name, archive, members, "labels")
             classes = len(_array(path.name, archive, members, "classes")) if "classes.npy" in members else None
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
+    except _BROKEN_ZIP as error:
         raise DataError(f"{path.name} cannot be read as an .npz file: {error}") from error
     if images.dtype != "uint8" or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{path.name}: images are {images.dtype} {list(images.shape)}; wanted uint8 [N, H, W, 1 or 3]")
@@ -338,19 +341,37 @@ def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
     try:
         with open(path / "labels.csv", newline="") as file:
             rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{path.name}/labels.csv: wanted the columns file,label with integer labels") from error
-    archive = zipfile.ZipFile(path / "images.zip")
+    try:
+        archive = zipfile.ZipFile(path / "images.zip")
+    except _BROKEN_ZIP as error:
+        raise DataError(f"{path.name}/images.zip cannot be read: {error}") from error
     names = set(archive.namelist())
     absent = next((file for file, _ in rows if file not in names), None)
     if absent is not None:
         raise DataError(f"{path.name}/images.zip has no file {absent!r}, which labels.csv names")
 
     def image(index: int) -> Tensor:
-        with pil.open(io.BytesIO(archive.read(rows[index][0]))) as picture:
+        name = rows[index][0]
+        try:
+            content = archive.read(name)
+        except _BROKEN_ZIP as error:
+            raise DataError(f"{path.name}/images.zip: {name} cannot be read: {error}") from error
+        with _decoding(f"{path.name}/images.zip: {name}"), pil.open(io.BytesIO(content)) as picture:
             return prepare(picture)
 
     return EvaluationSet(path.name, image, torch.tensor([label for _, label in rows]))
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Pillow raises SyntaxError for some damaged files, and names none of them."""
+    pil = require("PIL.Image", purpose="reading image files", extra="vision")
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, zlib.error, pil.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be decoded as an image: {error}") from error
 
 
 def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
@@ -361,6 +382,8 @@ def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
         raise DataError(f"{path.name}: no class folders with images in it") from None
 
     def image(index: int) -> Tensor:
-        return prepare(source.loader(source.samples[index][0]))
+        file = source.samples[index][0]
+        with _decoding(file):
+            return prepare(source.loader(file))
 
     return EvaluationSet(path.name, image, torch.tensor(source.targets), len(source.classes))

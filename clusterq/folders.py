@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -21,28 +22,26 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace a folder of that name. The old one stays in place until the new one is complete.
 
     Raises:
-        OutputError: the name is taken, or writing failed (no permission, disk full).
+        OutputError: the name is taken, or writing into the folder failed (no permission, disk full). Other errors of
+            the block pass unchanged, those of the operating system about other files too.
     """
     final = Path(path).absolute()
     check_writable(final, overwrite=overwrite)
     mark = uuid.uuid4().hex[:8]
     work = final.with_name(f".{final.name}.{mark}.tmp")
     try:
-        work.mkdir()
-        yield work
-        _flush(work)
-        if final.exists():
-            old = final.with_name(f".{final.name}.{mark}.old")
-            final.rename(old)
-            work.rename(final)
-            shutil.rmtree(old)
-        else:
-            work.rename(final)
-        _flush_directory(final.parent)
-    except OSError as error:
-        if isinstance(error, OutputError) or error.errno is None:
-            raise
-        raise _cannot_write(final, error) from error
+        with _writing(final):
+            work.mkdir()
+        try:
+            yield work
+        except OSError as error:
+            if isinstance(error, OutputError) or not _concerns(error, work):
+                raise
+            raise _cannot_write(final, error) from error
+        with _writing(final):
+            _flush(work)
+            _put(work, final, final.with_name(f".{final.name}.{mark}.old"))
+            _flush_directory(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -55,12 +54,40 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> None:
     if final.exists() and not final.is_dir():
         raise OutputError(f"{path} is a file; wanted the name of a folder")
     probe = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.probe"
-    try:
+    with _writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
         probe.rmdir()
+
+
+def _put(work: Path, final: Path, old: Path) -> None:
+    """Give `work` the name `final`; a folder of that name is moved to `old` first and back again when that fails."""
+    if not final.exists():
+        work.rename(final)
+        return
+    final.rename(old)
+    try:
+        work.rename(final)
+    except OSError:
+        old.rename(final)
+        raise
+    # The new folder is in place: a remainder of the old one is no reason to report failure.
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _writing(final: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise _cannot_write(final, error) from error
+
+
+def _concerns(error: OSError, work: Path) -> bool:
+    """Whether an error is about a file in `work`, or, naming no file, about a disk that cannot be written."""
+    if isinstance(error.filename, (str, bytes, os.PathLike)):
+        return Path(os.fsdecode(error.filename)).absolute().is_relative_to(work)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

@@ -16,6 +16,14 @@ from torch import Tensor, nn
 
 from clusterq.errors import ModelError, require
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "none": ((0.0,), (1.0,)),
+}
+
 
 @dataclass
 class Facts:
@@ -33,6 +41,19 @@ class Facts:
         self.size = self.size or size
         self.mean = self.mean or _fit(mean, self.channels)
         self.std = self.std or _fit(std, self.channels)
+
+
+def named_normalization(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of pixels in 0..1 by name: `imagenet`, `cifar10`, `cifar100`, `none`; one value per channel each.
+
+    A single value is repeated, and a triple averaged for a network that does not take three channels.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in _NORMALIZATIONS:
+        raise ValueError(f"normalization {name!r} is not one of {', '.join(_NORMALIZATIONS)}")
+    mean, std = _NORMALIZATIONS[name]
+    return _fit(mean, channels), _fit(std, channels)
 
 
 def _fit(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

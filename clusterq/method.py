@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,9 @@ ImageSource = BankSource | GeneratorSource | StoredImages
 PhaseProgress = Callable[[str, int, int], None]
 PhaseStep = Callable[[str, int, Mapping[str, float]], None]
 
+# Labels count as near chance below this part of the way from chance, 1 / K, to all correct.
+_NEAR_CHANCE = 0.1
+
 
 @dataclass
 class Result:
@@ -40,8 +44,8 @@ class Result:
     Attributes:
         student: the quantized network in evaluation mode.
         config: the settings it was made with, widths included.
-        label_accuracy: fraction of the images that the teacher assigns to their label; near chance, the images are
-            worthless and only distillation without cross-entropy can use them.
+        label_accuracy: fraction of the images that the teacher assigns to their label. Near chance, which is warned
+            of, their labels say nothing about them: cross-entropy misleads and only distillation can use them.
         images, labels: [N, C, H, W] and [N]; with streaming a sample of the generator as fine-tuning left it.
         metrics: phase (`"synthesis"`, `"finetune"`) -> one dictionary of loss terms per step.
         seconds: wall time per phase: `"synthesis"`, `"calibration"`, `"finetune"`. Generator steps of a streaming
@@ -65,7 +69,7 @@ class ClusterQ:
     Args:
         model: a trained network with BatchNorm layers, images [N, C, H, W] -> logits [N, K]. It is not changed.
         config: settings, or the name of a preset: `"default"`, `"paper"`, `"gdfq"`.
-        input_shape: (C, H, W) of an image.
+        input_shape: (C, H, W) of an image, any sequence.
         num_classes: K; None: found by one forward pass. Given, it is checked.
         device: where everything runs; None: where the model's parameters are.
         progress: True for a progress bar with the time left per phase, or a function called with
@@ -87,7 +91,7 @@ class ClusterQ:
         model: nn.Module,
         config: ClusterQConfig | str = "default",
         *,
-        input_shape: tuple[int, int, int],
+        input_shape: Sequence[int],
         num_classes: int | None = None,
         device: torch.device | str | None = None,
         progress: bool | PhaseProgress = False,
@@ -104,6 +108,8 @@ class ClusterQ:
         self._on_step = on_step
         # A streaming generator as the warm-up left it: where every fine-tuning run starts from.
         self._warm_generator: dict[str, Any] | None = None
+        # Of the stored images; None until it has been found, and always for a streaming generator.
+        self._label_accuracy: float | None = None
 
     @property
     def streaming(self) -> bool:
@@ -112,6 +118,9 @@ class ClusterQ:
 
     def synthesize(self) -> ImageSource:
         """Make the images (of a streaming source: run the warm-up). Repeating it gives the same bits.
+
+        Warns (UserWarning) when the network assigns hardly more of the images to their labels than chance would: less
+        than a tenth of the way from 1 / K to 1. Images of a streaming source are checked by `finetune`.
 
         Raises:
             DivergenceError: a loss term became NaN or infinite.
@@ -123,11 +132,15 @@ class ClusterQ:
             source = BankSource(self.teacher, config, seed=seed, batch_size=batch_size)
         else:
             stream = self.config.finetune.images == "stream"
+            if stream:
+                # One full-loss step of the generator goes with every student step: the length of its schedule.
+                config = replace(config, steps=self.config.finetune.steps)
             source = GeneratorSource(self.teacher, config, seed=seed, batch_size=batch_size, stream=stream)
         with self._phase("synthesis") as (progress, on_step):
             source.fit(progress, on_step)
         self.source = source
         self._warm_generator = source.state_dict() if self.streaming else None
+        self._label_accuracy = None if self.streaming else self._check_labels(source.images(), source.labels())
         return source
 
     def use_images(self, images: Tensor, labels: Tensor) -> StoredImages:
@@ -138,10 +151,12 @@ class ClusterQ:
             labels: [N] int64 in [0, K).
 
         Raises:
-            ValueError: a shape or a label that does not fit the network.
+            ValueError: a shape, labels that are not int64, or a label that does not fit the network.
         """
         if tuple(images.shape[1:]) != self.teacher.input_shape:
             raise ValueError(f"images has shape {tuple(images.shape)}; wanted [N, {self.teacher.input_shape}]")
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels has dtype {labels.dtype}; wanted torch.int64")
         device = self.teacher.device
         source = StoredImages(
             images.to(device, self.teacher.dtype), labels.to(device), self.config.finetune.batch_size, self.config.seed
@@ -153,6 +168,7 @@ class ClusterQ:
             )
         self.source = source
         self._warm_generator = None
+        self._label_accuracy = None
         self.seconds["synthesis"] = 0.0
         return source
 
@@ -182,7 +198,8 @@ class ClusterQ:
     def finetune(self, quantization: QuantizationConfig | None = None) -> Result:
         """Calibrate and train a student on the images, which are made first if they are not there yet.
 
-        May be called again with other widths: the images are the same, those of a streaming generator too.
+        May be called again with other widths: the images are the same, those of a streaming generator too. Warns
+        (UserWarning) as `synthesize` does, of images that it has not checked.
 
         Args:
             quantization: widths and quantizers; None: those of the configuration.
@@ -200,12 +217,16 @@ class ClusterQ:
                 student, self.teacher.model, source, finetune, seed=config.seed, progress=progress, on_step=on_step
             )
         images, labels = source.images(), source.labels()
+        accuracy = self._label_accuracy
+        if accuracy is None:
+            accuracy = self._check_labels(images, labels)
+            self._label_accuracy = None if self.streaming else accuracy
         synthesis = [] if isinstance(source, StoredImages) else source.metrics
         size = config.synthesis.batch_size if self.streaming else finetune.batch_size
         return Result(
             student=student.eval(),
             config=config,
-            label_accuracy=self.teacher.label_accuracy(images, labels),
+            label_accuracy=accuracy,
             images=images,
             labels=labels,
             metrics={"synthesis": list(synthesis), "finetune": metrics},
@@ -223,6 +244,18 @@ class ClusterQ:
         if self._warm_generator is not None and isinstance(source, GeneratorSource):
             source.load_state_dict(self._warm_generator)
         return source
+
+    def _check_labels(self, images: Tensor, labels: Tensor) -> float:
+        """Label accuracy of images [N, C, H, W]; warns where it is near chance."""
+        accuracy = self.teacher.label_accuracy(images, labels)
+        chance = 1 / self.teacher.num_classes
+        if accuracy < chance + _NEAR_CHANCE * (1 - chance):
+            warnings.warn(
+                f"the network assigns {accuracy:.1%} of the images to their label, near chance ({chance:.1%}): "
+                "cross-entropy to such labels misleads; synthesise longer, or train with finetune.ce_weight=0",
+                stacklevel=3,
+            )
+        return accuracy
 
     def _samples_synthesised(self) -> int:
         if isinstance(self.source, GeneratorSource):
@@ -251,7 +284,7 @@ class ClusterQ:
 def quantize(
     model: nn.Module,
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: Sequence[int],
     weight_bits: int = 4,
     activation_bits: int = 4,
     preset: str | ClusterQConfig = "default",
@@ -263,13 +296,18 @@ def quantize(
 
     Args:
         model: a trained network with BatchNorm layers, images [N, C, H, W] -> logits [N, K]. It is not changed.
-        input_shape: (C, H, W) of an image.
+        input_shape: (C, H, W) of an image, any sequence.
         weight_bits, activation_bits: widths, 2 to 8.
         preset: `"default"`, `"paper"`, `"gdfq"`, or a whole configuration whose widths are replaced.
         num_classes, device, progress: see `ClusterQ`.
 
     Returns:
         The quantized network in evaluation mode, with the call signature of `model`.
+
+    Warns:
+        UserWarning: the network assigns hardly more of the synthesised images to their labels than chance would;
+            cross-entropy to such labels, as in `"paper"` and `"gdfq"`, misleads the training. See
+            `ClusterQ.synthesize`.
 
     Raises:
         ModelError: the network cannot be used.

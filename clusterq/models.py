@@ -11,7 +11,9 @@ import hashlib
 import importlib
 import importlib.util
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from clusterq.errors import ModelError, require
-from clusterq.libraries import LIBRARIES, Facts
+from clusterq.libraries import IMAGENET_MEAN, IMAGENET_STD, LIBRARIES, Facts, named_normalization
 from clusterq.networks import DigitsConvNet, resnet20
 
 DIGITS_WEIGHTS = Path(__file__).resolve().parent / "assets" / "digits_convnet.safetensors"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DIGITS_MEAN, DIGITS_STD = (0.306,), (0.319,)
 
-
-_BUILTIN: dict[str, Callable[[], nn.Module]] = {"resnet20": resnet20, "digits": DigitsConvNet}
+_BUILTIN: dict[str, Callable[..., nn.Module]] = {"resnet20": resnet20, "digits": DigitsConvNet}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ def load_model(
     input_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
+    normalization: str | None = None,
     download: bool = False,
 ) -> LoadedModel:
     """Build the network a specification names and load its weights.
@@ -83,17 +84,24 @@ def load_model(
         spec: see the module's docstring.
         weights: weight file, or the library's own name (`IMAGENET1K_V1`, a timm tag, `default`). Optional for
             `builtin:digits`, whose weights ship with the package, and for a factory that returns a trained network.
+            They decide how many classes a built-in network has.
         input_size: height and width in pixels; default: what the library says, 32 for `resnet20`, else 224.
         mean, std: normalisation of pixels in 0..1; default: what the library says, else ImageNet's.
+        normalization: both by name instead, see `clusterq.libraries.named_normalization`.
         download: allow the library to fetch its own weights.
 
     Raises:
-        ModelError: an unknown name, weights that are absent, unreadable, damaged or of another shape, or a network
-            whose output is not [N, classes].
+        ModelError: an unknown name, weights that are absent, unreadable, damaged, NaN, infinite or of another shape, or
+            a network whose output is not [N, classes].
+        ValueError: `normalization` is unknown, or given together with `mean` or `std`.
         MissingPackageError: the library is not installed.
     """
     kind, name = _split(spec)
     model = build_model(spec)
+    if normalization is not None:
+        if mean is not None or std is not None:
+            raise ValueError("normalization is given together with mean or std; wanted one of them")
+        mean, std = named_normalization(normalization, _input_channels(model))
     facts = Facts(mean=mean, std=std, size=input_size)
     path: Path | None = None
     label = weights
@@ -111,11 +119,15 @@ def load_model(
     if kind in LIBRARIES:
         LIBRARIES[kind].describe(name, weights, model, facts)
     if path is not None:
-        load_weights(model, read_state_dict(path), origin=path.name)
+        state = read_state_dict(path)
+        if kind == "builtin":
+            model = build_model(spec, _classes(model, state))
+        load_weights(model, state, origin=path.name)
         digest = file_sha256(path)
     else:
         digest = tensors_sha256(model.state_dict())
     model = model.float().eval()
+    _require_finite(model.state_dict(), label or spec)
     if name == "digits" and kind == "builtin":
         facts.fill(1, 16, DIGITS_MEAN, DIGITS_STD)
     facts.fill(_input_channels(model), 32 if spec == "builtin:resnet20" else 224, IMAGENET_MEAN, IMAGENET_STD)
@@ -135,8 +147,12 @@ def load_model(
     )
 
 
-def build_model(spec: str) -> nn.Module:
+def build_model(spec: str, num_classes: int | None = None) -> nn.Module:
     """The network's architecture with untrained weights (a factory may return trained ones).
+
+    Args:
+        spec: see the module's docstring.
+        num_classes: of a built-in network, 10 unless given; other networks have the number their source gives them.
 
     Raises ModelError for an unknown specification and MissingPackageError for an absent library.
     """
@@ -144,7 +160,7 @@ def build_model(spec: str) -> nn.Module:
     if kind == "builtin":
         if name not in _BUILTIN:
             raise ModelError(f"no built-in network {name!r}; there are {', '.join(sorted(_BUILTIN))}")
-        return _BUILTIN[name]()
+        return _BUILTIN[name]() if num_classes is None else _BUILTIN[name](num_classes=num_classes)
     if kind in LIBRARIES:
         return LIBRARIES[kind].build(name)
     return _from_file(*spec.rsplit(":", 1))
@@ -179,22 +195,13 @@ def output_classes(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     try:
         with torch.inference_mode():
             y = model(torch.zeros(1, *input_shape, device=device))
-    except RuntimeError as error:
-        text = str(error).strip().splitlines()[0]
-        raise ModelError(f"the network does not run on an image of shape {list(input_shape)}: {text}") from error
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shape, text = list(input_shape), _first_line(error)
+        raise ModelError(f"the network does not run on an image of shape {shape}: {text}") from error
     if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
         got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
         raise ModelError(f"the network's output is {got} for one image; wanted [1, classes] with at least 2 classes")
     return int(y.shape[1])
-
-
-def require_batch_norm(model: nn.Module) -> None:
-    """Raises ModelError when no BatchNorm2d of the network carries running statistics: there is nothing to match."""
-    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    if not layers:
-        raise ModelError("the network has no BatchNorm2d layer; without its statistics no images can be synthesised")
-    if all(m.running_mean is None for m in layers):
-        raise ModelError("no BatchNorm2d of the network keeps running statistics (track_running_stats=False)")
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -207,6 +214,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ModelError: unreadable, damaged, not a dictionary of tensors, or holding a NaN or infinite value.
     """
     path = Path(path)
+    _require_weight_file(path)
     try:
         if path.suffix == ".safetensors":
             data: Any = require("safetensors.torch", purpose="reading a .safetensors file").load_file(path)
@@ -225,9 +233,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
         raise ModelError(f"{path.name} is not a dictionary of tensors")
     state = {str(k).removeprefix("module."): v for k, v in data.items()}
-    for key, value in state.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise ModelError(f"{path.name}: tensor {key} holds a NaN or infinite value")
+    _require_finite(state, path.name)
     return state
 
 
@@ -290,17 +296,62 @@ def _from_file(file: str, factory: str) -> nn.Module:
     path = Path(file)
     if path.suffix != ".py" or not path.is_file():
         raise ModelError(f"model file {file!r}: no such Python file")
-    spec = importlib.util.spec_from_file_location(f"clusterq_user_{path.stem}", path)
+    name = f"clusterq_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    make = getattr(module, factory, None)
-    if not callable(make):
-        raise ModelError(f"{path.name} has no function {factory!r}")
-    model = make()
+    # Dataclasses, pickle and torch.fx look a class's module up by name, now and later.
+    sys.modules[name] = module
+    try:
+        with _importable(path.resolve().parent):
+            spec.loader.exec_module(module)
+            make = getattr(module, factory, None)
+            if not callable(make):
+                raise ModelError(f"{path.name} has no function {factory!r}")
+            model = make()
+    except ModelError:
+        raise
+    # A user's own code may raise anything, and all of it is told in the same way.
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise ModelError(f"{path.name}: {type(error).__name__}: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path.name}:{factory} returned a {type(model).__name__}; wanted a torch.nn.Module")
     return model
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Modules beside a user's file can be imported by it."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if str(folder) in sys.path:
+            sys.path.remove(str(folder))
+
+
+def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """Rows of the last Linear's weight in a state dict; None when it has no such matrix."""
+    last = [name for name, value in model.state_dict().items() if value.dim() == 2][-1]
+    return len(state[last]) if last in state and state[last].dim() == 2 else None
+
+
+def _require_finite(state: Mapping[str, Tensor], origin: str) -> None:
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ModelError(f"{origin}: tensor {name} holds a NaN or infinite value")
+
+
+def _require_weight_file(path: Path) -> None:
+    """A pointer of git-lfs, a web page and the like: neither a zip archive nor a binary pickle, the forms of torch."""
+    if path.suffix == ".safetensors" or not path.is_file():
+        return
+    with open(path, "rb") as file:
+        begin = file.read(24)
+    if not begin.startswith((b"PK", b"\x80")):
+        shown = begin.decode("ascii", "replace")
+        raise ModelError(f"{path.name} is not a PyTorch weight file: it begins with {shown!r}")
 
 
 def _input_channels(model: nn.Module) -> int:

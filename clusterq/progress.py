@@ -13,6 +13,8 @@ _SECONDS_BETWEEN_LINES = 15.0
 class ConsoleProgress:
     """Callable as `progress(phase, done, total)`; `total` may be None. Use as a context manager.
 
+    A phase begins anew, with its own bar and clock, when its name changes or `done` falls back.
+
     Args:
         stream: where to write; a terminal gets bars.
         quiet: write nothing.
@@ -23,6 +25,7 @@ class ConsoleProgress:
         self.quiet = quiet
         self._phase = ""
         self._bar: Any = None
+        self._done = 0
         self._start = self._last = 0.0
 
     def __enter__(self) -> ConsoleProgress:
@@ -37,13 +40,14 @@ class ConsoleProgress:
         if self.quiet:
             return
         now = time.perf_counter()
-        if phase != self._phase:
+        if phase != self._phase or done < self._done:
             self._finish()
             self._phase, self._start, self._last = phase, now, now
             if self.stream.isatty():
                 from tqdm import tqdm
 
                 self._bar = tqdm(desc=f"{phase:<22}", total=total, file=self.stream, dynamic_ncols=True, unit="")
+        self._done = done
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
         elif now - self._last >= _SECONDS_BETWEEN_LINES or done == total:

@@ -39,6 +39,8 @@ details summary { cursor: pointer; color: #0b6e99; }
 li { margin: .25rem 0; }
 """
 
+_RANGES = {"minmax": "ranges between the extreme values", "mse": "ranges of least squared error"}
+
 LIMITS = (
     "Accuracies are of one run with one seed; repeat with other seeds before concluding anything from small gaps.",
     "Quantization is simulated: values lie on the integer grid while the arithmetic is floating point.",
@@ -79,6 +81,16 @@ def summary(result: Mapping[str, Any]) -> str:
     )
 
 
+def baselines(result: Mapping[str, Any]) -> list[str]:
+    """One sentence per kind of rounding without training: what its column means."""
+    names = {"rounded_minmax": "Rounded min/max", "rounded_mse": "Rounded MSE"}
+    return [
+        f"{names[key]}: no training, {_RANGES[base['ranges']]} from {base['calibration_images']} of the images; "
+        f"weights {base['weights']}; activations {base['activations']}. The same for every preset."
+        for key, base in result["baselines"].items()
+    ]
+
+
 def write_html(path: Path, result: Mapping[str, Any], figures: Mapping[str, str]) -> None:
     """The page of a run, with its pictures inside.
 
@@ -89,12 +101,13 @@ def write_html(path: Path, result: Mapping[str, Any], figures: Mapping[str, str]
     """
     model = result["model"]
     widths = " and ".join(row["bits"] for row in result["widths"])
+    below = "<br>".join(_text(line) for line in [*summary(result).splitlines(), *baselines(result)])
     parts = [
         f"<h1>{_text(model['model'])} in {_text(widths)}</h1>",
         f"<p class='lead'>Quantized without data by ClusterQ {_text(result['versions']['clusterq'])} on "
         f"{_text(result['created'].replace('T', ' '))}.</p>",
         _accuracies(result),
-        f"<p class='lead'>{'<br>'.join(_text(line) for line in summary(result).splitlines())}</p>",
+        f"<p class='lead'>{below}</p>",
         *(_picture(path.parent, name, caption) for name, caption in figures.items()),
         "<h2>What was done</h2>",
         _facts(_run_facts(result)),

@@ -9,28 +9,31 @@ from __future__ import annotations
 import datetime
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clusterq import figures, ops, qat, report
 from clusterq.checkpoint import write_checkpoint
-from clusterq.config import ClusterQConfig, QuantizationConfig
-from clusterq.data import EvaluationResult, EvaluationSet, evaluate, open_for
+from clusterq.config import ClusterQConfig, QuantizationConfig, WeightRange
+from clusterq.data import EvaluationSet, evaluate, open_for
 from clusterq.errors import DataError, require
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, file_sha256, load_model, require_batch_norm
-from clusterq.synthesis import project_statistics
+from clusterq.models import LoadedModel, file_sha256, load_model
+from clusterq.qat import Row
+from clusterq.synthesis import GeneratorSource, project_statistics
 from clusterq.versions import machine, versions
 
 RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
 _PLOTTED_IMAGES = 512
+# What rounding alone costs, the same for every preset: kind of all ranges, symmetry of the weights.
+_BASELINES: dict[str, WeightRange] = {"rounded_minmax": "minmax", "rounded_mse": "mse"}
 
 Progress = Callable[[str, int, int | None], None]
 
@@ -51,7 +54,7 @@ class RunRequest:
     """What `clusterq quantize` was asked to do.
 
     Attributes:
-        model, weights, input_size, mean, std, download: see `clusterq.models.load_model`.
+        model, weights, input_size, mean, std, normalization, download: see `clusterq.models.load_model`.
         data: evaluation set, see `clusterq.data.open_data`; None: nothing is measured.
         output: run folder to make; `overwrite` replaces an earlier one.
         widths: one student each, all from the same images.
@@ -73,6 +76,7 @@ class RunRequest:
     input_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    normalization: str | None = None
     download: bool = False
     images: Path | None = None
     save_images: bool = False
@@ -98,19 +102,22 @@ class _Run:
                 input_size=request.input_size,
                 mean=request.mean,
                 std=request.std,
+                normalization=request.normalization,
                 download=request.download,
             )
-            require_batch_norm(self.loaded.model)
+            self.loaded.model.to(request.device)
+            self.method = ClusterQ(
+                self.loaded.model,
+                replace(request.config, quantization=self.quantization(request.widths[0])),
+                input_shape=self.loaded.input_shape,
+                num_classes=self.loaded.num_classes,
+                device=request.device,
+                progress=False if progress is None else progress,
+            )
+            if request.images is not None:
+                self.method.use_images(*_read_images(request.images))
             self.data = open_for(self.loaded, request.data) if request.data is not None else None
-        self.loaded.model.to(request.device)
-        self.method = ClusterQ(
-            self.loaded.model,
-            replace(request.config, quantization=self.quantization(request.widths[0])),
-            input_shape=self.loaded.input_shape,
-            num_classes=self.loaded.num_classes,
-            device=request.device,
-            progress=False if progress is None else progress,
-        )
+        self.calibration_images = torch.empty(0)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -137,35 +144,34 @@ class _Run:
                 device=self.request.device,
                 progress=None if call is None else lambda done, total: call(f"evaluate {label}", done, total),
             )
-        return _accuracy(result)
+        return {"top1": result.top1, "top5": result.top5}
 
     def make_images(self) -> tuple[Tensor, Tensor]:
         with self.timed("synthesis"):
-            if self.request.images is None:
-                source = self.method.synthesize()
-            else:
-                source = self.method.use_images(*_read_images(self.request.images))
-        return source.images().detach(), source.labels()
+            source = self.method.source or self.method.synthesize()
+        count = self.request.config.finetune.calibration_images
+        images = source.images().detach()
+        # Those on which every student's ranges are set: fine-tuning begins with the same generator at every width.
+        if isinstance(source, GeneratorSource) and source.stream:
+            self.calibration_images = source.sample(count).images().detach()
+        else:
+            self.calibration_images = images[:count]
+        return images, source.labels()
 
     def width(self, width: Width, folder: Path) -> dict[str, Any]:
-        """Everything about one width: rounding alone two ways, the student, its checkpoint."""
+        """Everything about one width: the baselines, the student, its checkpoint."""
         quantization = self.quantization(width)
         row: dict[str, Any] = {
             "bits": str(width),
             "weight_bits": width.weight_bits,
             "activation_bits": width.activation_bits,
-            "first_layer_bits": quantization.first_layer_bits or width.weight_bits,
-            "last_layer_bits": quantization.last_layer_bits or width.weight_bits,
             "layer_bits": dict(quantization.layer_bits),
         }
-        kinds: tuple[Literal["minmax", "mse"], ...] = ("minmax", "mse")
-        for kind in kinds:
-            rounding = replace(
-                quantization, weight_range=kind, activation_range=kind, learned_scale=False, gradient="clipped"
-            )
+        for name, ranges in _BASELINES.items():
             with self.timed("calibration"):
-                student = self.method.calibrate(rounding)
-            row[f"rounded_{kind}"] = self.measure(student, f"{width} {kind}")
+                asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False)
+                student = qat.round_only(self.loaded.model, asymmetric, self.calibration_images, ranges)
+            row[name] = self.measure(student, f"{width} {ranges}")
         start = time.perf_counter()
         result = self.method.finetune(quantization)
         row["finetune_seconds"] = time.perf_counter() - start
@@ -173,7 +179,9 @@ class _Run:
         row["clusterq"] = self.measure(result.student, f"{width} ClusterQ")
         row["samples_seen"] = result.samples_seen
         row["label_accuracy"] = 100 * result.label_accuracy
-        row["layers"] = [asdict(layer) for layer in qat.report(result.student)]
+        layers = qat.report(result.student)
+        row["first_layer_bits"], row["last_layer_bits"] = _end_bits(layers)
+        row["layers"] = [asdict(layer) for layer in layers]
         row["unreached"] = [asdict(layer) for layer in qat.unreached(result.student)]
         row["checkpoint"] = f"checkpoints/{width}"
         self.metrics += [{"phase": "finetune", "bits": str(width), **step} for step in result.metrics["finetune"]]
@@ -200,7 +208,9 @@ class _Run:
         """Points [n, 2] and labels [n] of synthesised and, where there are any, real images."""
         teacher = self.method.teacher
         count = min(len(images), _PLOTTED_IMAGES)
-        points = {"synthesised": (project_statistics(teacher, images[:count]), labels[:count].cpu())}
+        # One image alone lies where the mean of all images does.
+        made = project_statistics(teacher, images[:count]) if count > 1 else torch.zeros(count, 2)
+        points = {"synthesised": (made, labels[:count].cpu())}
         if self.data is not None:
             real, real_labels = next(self.data.batches(min(_PLOTTED_IMAGES, len(self.data))))
             if len(real) > 1:
@@ -275,6 +285,7 @@ def _result(
             "source": str(request.images) if request.images is not None else request.config.synthesis.source,
             "label_accuracy": rows[-1]["label_accuracy"],
         },
+        "baselines": _baselines(len(state.calibration_images)),
         "widths": rows,
         "seconds": dict(state.seconds),
         "config": settings,
@@ -311,8 +322,27 @@ def _data_facts(data: EvaluationSet | None, request: RunRequest) -> dict[str, An
     }
 
 
-def _accuracy(result: EvaluationResult) -> dict[str, float | None]:
-    return {"top1": result.top1, "top5": result.top5}
+def _baselines(calibration_images: int) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "training": "none",
+            "ranges": ranges,
+            "weights": "per output channel, asymmetric",
+            "activations": "per tensor, asymmetric",
+            "calibration_images": calibration_images,
+        }
+        for name, ranges in _BASELINES.items()
+    }
+
+
+def _end_bits(layers: Sequence[Row]) -> tuple[int | None, int | None]:
+    """Weight width of the first and of the last layer as they were quantized; None when no layer was."""
+    weights = [layer for layer in layers if layer.weight_bits is not None]
+    if not weights:
+        return None, None
+    # A layer called several times is listed at its first call and may still be the last one.
+    last = next((layer for layer in weights if layer.note.startswith("last layer")), weights[-1])
+    return weights[0].weight_bits, last.weight_bits
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -325,7 +355,7 @@ def _write_images(path: Path, images: Tensor, labels: Tensor) -> None:
 
 
 def _read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """Images [N, C, H, W] and labels [N] of an earlier run."""
+    """Images [N, C, H, W] and labels [N] of an earlier run. Raises DataError for a file that holds anything else."""
     safetensors = require("safetensors", purpose="reading images")
     try:
         tensors = require("safetensors.torch", purpose="reading images").load_file(path)
@@ -333,4 +363,10 @@ def _read_images(path: Path) -> tuple[Tensor, Tensor]:
         raise DataError(f"{path} cannot be read as stored images: {error}") from error
     if set(tensors) != {"images", "labels"}:
         raise DataError(f"{path} holds {sorted(tensors)}; wanted images and labels")
-    return tensors["images"], tensors["labels"]
+    images, labels = tensors["images"], tensors["labels"]
+    if images.dim() != 4 or not images.is_floating_point() or labels.dtype != torch.int64 or not len(images):
+        found = f"images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}"
+        raise DataError(f"{path} holds {found}; wanted floating-point images [N, C, H, W] and int64 labels [N]")
+    if not bool(torch.isfinite(images).all()):
+        raise DataError(f"{path}: images hold a NaN or infinite value")
+    return images, labels

@@ -48,6 +48,8 @@ def _dense(x, dtype=None):
 
 
 def _in_layout_of(grad, x):
+    if grad.shape != x.shape:
+        raise ValueError(f"grad has shape {tuple(grad.shape)}; wanted {tuple(x.shape)}, the shape of x")
     return grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
 
 

@@ -344,30 +344,6 @@ def test_assign_and_update_is_the_two_in_turn(dtype, mode):
     assert torch.equal(centroids, fused) and torch.equal(size, fused_size)
 
 
-def test_results_do_not_depend_on_the_number_of_threads():
-    x, centroids = torch.randn(5000, 24), torch.randn(70, 24)
-    x[:, 0] = x[:, 0].round()
-
-    def everything():
-        a, b = x.clone().requires_grad_(), centroids.clone().requires_grad_()
-        index, distance = ops.nearest_centroid(a, b)
-        (distance * torch.arange(5000)).sum().backward()
-        means, size = centroids.clone(), torch.zeros(70)
-        ops.assign_and_update_(means, size, x, 0.9)
-        return index, distance.detach(), a.grad, b.grad, means, size
-
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        wanted = everything()
-        for count in (2, 3, 4):
-            torch.set_num_threads(count)
-            for _ in range(3):
-                assert all(torch.equal(a, b) for a, b in zip(wanted, everything(), strict=True))
-    finally:
-        torch.set_num_threads(threads)
-
-
 def test_writes_every_element(poisoned):
     x, centroids = torch.randn(101, 5), torch.randn(18, 5)
     x[7] = NAN
@@ -375,91 +351,6 @@ def test_writes_every_element(poisoned):
     x.requires_grad_(), centroids.requires_grad_()
     ops.nearest_centroid(x, centroids)[1].nan_to_num().sum().backward()
     assert bool(x.grad.isfinite().all()) and bool(centroids.grad.isfinite().all())
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "no rows", "no batch"])
-def test_opcheck(dtype, layout):
-    batch, rows = (0 if layout == "no batch" else 2), (0 if layout == "no rows" else 6)
-    x, centroids = torch.randn(batch, rows, 5).to(dtype), torch.randn(batch, 4, 5).to(dtype)
-    size = torch.rand(batch, 4)
-    if layout == "permuted":
-        x, centroids = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, centroids))
-        size = size.t().contiguous().t()
-    if layout == "sliced":
-        x, centroids, size = (torch.cat([t, t], -1)[..., : t.shape[-1]] for t in (x, centroids, size))
-    index = torch.randint(-1, 4, (batch, rows))
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    weights, grad = torch.rand(batch, rows, dtype=statistics), torch.randn(batch, rows, dtype=statistics)
-    op = torch.ops.clusterq
-    torch.library.opcheck(op.nearest_centroid.default, (x, centroids))
-    torch.library.opcheck(op.nearest_centroid_backward.default, (grad, x, centroids, index))
-    for weight in (None, weights):
-        torch.library.opcheck(op.update_centroids_.default, (centroids, size, x, index, weight, 0.9, "mean"))
-        torch.library.opcheck(op.assign_and_update_.default, (centroids, size, x, weight, 0.9, "codebook"))
-
-
-def test_compile_forward_backward_and_update():
-    def step(x, centroids, means, size):
-        index, distance = ops.nearest_centroid(x, centroids)
-        ops.update_centroids_(means, size, x, index, 0.9, mode="codebook")
-        ops.assign_and_update_(means, size, x, 0.5)
-        return index, (distance * 2).sum()
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for rows, clusters, dim in ((30, 5, 4), (41, 7, 6)):
-        results = []
-        x, centroids = torch.randn(rows, dim), torch.randn(clusters, dim)
-        for function in (step, compiled):
-            a, b = x.clone().requires_grad_(), centroids.clone().requires_grad_()
-            means, size = centroids.clone(), torch.ones(clusters)
-            index, loss = function(a, b, means, size)
-            loss.backward()
-            results.append((index, loss.detach(), a.grad, b.grad, means, size))
-        assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
-
-
-def test_bad_arguments():
-    x, c, size = torch.randn(6, 3), torch.randn(4, 3), torch.zeros(4)
-    index = torch.zeros(6, dtype=torch.int64)
-    for error, name, args in (
-        (TypeError, "x is torch.int64", (index[:, None], c)),
-        (TypeError, "centroids is torch.int64", (x, index[:, None])),
-        (ValueError, "x has shape", (x[0], c)),
-        (ValueError, "centroids has shape", (x, c[None])),
-        (ValueError, "centroids has shape", (x, c[:0])),
-        (ValueError, "D = 3 but centroids has D = 2", (x, c[:, :2])),
-        (ValueError, "B = 2 but centroids has B = 1", (x.expand(2, 6, 3), c[None])),
-        (TypeError, "float64", (x.double(), c)),
-        (ValueError, "is on", (x, c.to("meta"))),
-    ):
-        with pytest.raises(error, match=name):
-            ops.nearest_centroid(*args)
-    for error, name, args, options in (
-        (TypeError, "cluster_size is", (c, size.double(), x, index, 0.5), {}),
-        (ValueError, "cluster_size has shape", (c, size[:3], x, index, 0.5), {}),
-        (TypeError, "index is", (c, size, x, index.int(), 0.5), {}),
-        (ValueError, "index has shape", (c, size, x, index[:5], 0.5), {}),
-        (ValueError, "decay is 1.5", (c, size, x, index, 1.5), {}),
-        (ValueError, "decay is nan", (c, size, x, index, NAN), {}),
-        (ValueError, "mode is 'sum'", (c, size, x, index, 0.5), {"mode": "sum"}),
-        (ValueError, "weights has shape", (c, size, x, index, 0.5), {"weights": torch.ones(5)}),
-    ):
-        with pytest.raises(error, match=name):
-            ops.update_centroids_(*args, **options)
-    with pytest.raises(ValueError, match="mode is 'sum'"):
-        ops.assign_and_update_(c, size, x, 0.5, mode="sum")
-
-
-@pytest.mark.parametrize("wrong", [-2, 4, 2**40])
-def test_index_out_of_range_changes_nothing(wrong):
-    centroids, size, index = torch.randn(4, 3), torch.ones(4), torch.zeros(6, dtype=torch.int64)
-    index[5] = wrong
-    before = centroids.clone()
-    with pytest.raises(RuntimeError, match="index has"):
-        ops.update_centroids_(centroids, size, torch.randn(6, 3), index, 0.5)
-    assert torch.equal(centroids, before) and torch.equal(size, torch.ones(4))
 
 
 def run_elsewhere(*args, **environment):

@@ -130,7 +130,7 @@ def test_missing_parts(tmp_path: Path) -> None:
         ("format", "other", "not the record of a checkpoint"),
         ("format_version", 99, "format 99; this version reads 1"),
         ("input_shape", [3, 8], "damaged"),
-        ("config", {"quantization": {"weight_bits": 99}}, "supported widths"),
+        ("config", {"quantization": {"weight_bits": 99}}, "weight_bits is 99; wanted whole number"),
         ("config", {"unknown": 1}, "unknown setting"),
     ],
 )

@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+import clusterq
 from clusterq import run as run_module
 from clusterq.cli import main
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import DivergenceError
 from clusterq.networks import resnet20
+from clusterq.nn.quantizers import WeightQuantizer
 from clusterq.progress import ConsoleProgress
 from clusterq.settings import describe, override
 
@@ -59,8 +62,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _write_set(path: str, labels: list[int], classes: int = 4) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, 1), dtype=np.uint8)
+def _write_set(path: str, labels: list[int], classes: int = 4, channels: int = 1) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 8, 8, channels), dtype=np.uint8)
     np.savez(path, images=images, labels=np.array(labels), classes=np.array([str(c) for c in range(classes)]))
 
 
@@ -140,7 +143,7 @@ def test_network_without_batch_norm(place: Path, capsys: pytest.CaptureFixture[s
     scope: dict[str, object] = {}
     exec(NETWORK, scope)
     torch.save(scope["plain"]().state_dict(), "plain.pt")  # type: ignore[operator]
-    _refused(capsys, _quantize(model="net.py:plain", weights="plain.pt"), "no BatchNorm2d layer")
+    _refused(capsys, _quantize(model="net.py:plain", weights="plain.pt"), "no BatchNorm layer")
 
 
 def test_class_count_mismatch(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,9 +157,100 @@ def test_label_out_of_range(place: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_weights_of_wrong_shape(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({**resnet20().state_dict(), "bn1.bias": torch.zeros(9)}, "other.pt")
+    code = _quantize(model="builtin:resnet20", weights="other.pt")
+    _refused(capsys, code, "tensor bn1.bias has shape [9]; wanted [16]")
+
+
+def test_built_in_network_of_a_hundred_classes(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(resnet20(num_classes=100).state_dict(), "hundred.pt")
-    code = _quantize(model="builtin:resnet20", weights="hundred.pt")
-    _refused(capsys, code, "tensor linear.weight has shape [100, 64]; wanted [10, 64]")
+    _write_set("hundred.npz", [0, 99, 50], classes=100, channels=3)
+    words = ["--normalization", "none", "--limit", "2"]
+    assert _quantize(*words, model="builtin:resnet20", weights="hundred.pt", data="hundred.npz") == 0
+    result = json.loads((place / "out" / "result.json").read_text())
+    assert result["model"]["num_classes"] == 100
+    assert result["model"]["mean"] == [0.0] * 3 and result["model"]["std"] == [1.0] * 3
+    capsys.readouterr()
+    words = ["evaluate", "out/checkpoints/W4A4", "--data", "hundred.npz", "--json", "--quiet", "--device", "cpu"]
+    for more in ([], ["--normalization", "none"], ["--model", "builtin:resnet20"]):
+        assert main([*words, "--limit", "2", *more]) == 0
+        assert json.loads(capsys.readouterr().out)["top1"] == result["widths"][0]["clusterq"]["top1"]
+
+
+def test_evaluate_a_checkpoint_of_unknown_normalization(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, object] = {}
+    exec(NETWORK, scope)
+    config = ClusterQConfig()
+    student = clusterq.prepare(scope["make"](), config.quantization)  # type: ignore[operator]
+    clusterq.qat.calibrate(student, torch.randn(4, 1, 8, 8), config.quantization)
+    clusterq.save(student, "bare", config=config, input_shape=(1, 8, 8))
+    words = ["evaluate", "bare", "--model", "net.py:make", "--data", "set.npz", "--quiet", "--device", "cpu"]
+    _refused(capsys, main(words), "mean has 0 values; the network takes 1 channels: give --normalization")
+    assert main([*words, "--normalization", "none"]) == 0
+
+
+def test_baselines_are_the_same_for_every_preset(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _quantize("--save-images") == 0
+    (place / "out" / "images.safetensors").rename(place / "images.safetensors")
+    real = torch.randn(5, 1, 8, 8)
+    measured: list[tuple[bool | None, torch.Tensor]] = []
+    evaluate = run_module.evaluate
+
+    def watched(model: nn.Module, *arguments: object, **settings: object) -> object:
+        quantizers = [m for m in model.modules() if isinstance(m, WeightQuantizer)]
+        with torch.no_grad():
+            measured.append((quantizers[0].symmetric if quantizers else None, model(real)))
+        return evaluate(model, *arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "evaluate", watched)
+    described = []
+    for name in ("default", "paper", "gdfq"):
+        assert _quantize("--images", "images.safetensors", "--overwrite", "--bits", "W3A3", "--preset", name) == 0
+        described.append(json.loads((place / "out" / "result.json").read_text())["baselines"])
+    assert len(measured) == 12
+    for call, symmetric in ((1, False), (2, True)):
+        runs = [measured[4 * index + call] for index in range(3)]
+        assert [kind for kind, _ in runs] == [symmetric] * 3
+        assert all(torch.equal(output, runs[0][1]) for _, output in runs)
+    assert not torch.equal(measured[1][1], measured[2][1])
+    assert described[0] == described[1] == described[2]
+    assert described[0]["rounded_minmax"]["calibration_images"] == 8
+    assert described[0]["rounded_minmax"]["weights"] == "per output channel, asymmetric"
+    assert described[0]["rounded_mse"]["weights"] == "per output channel, symmetric"
+
+
+def test_widths_of_the_ends_are_those_used(place: Path) -> None:
+    code = _quantize("--set", 'quantization.layer_bits={"0": 6}', "quantization.last_layer_bits=7")
+    assert code == 0
+    row = json.loads((place / "out" / "result.json").read_text())["widths"][0]
+    assert (row["first_layer_bits"], row["last_layer_bits"]) == (6, 7)
+
+
+def test_run_on_one_image(place: Path) -> None:
+    assert _quantize("--set", "synthesis.num_images=1", "synthesis.batch_size=1") == 0
+    assert json.loads((place / "out" / "result.json").read_text())["images"]["count"] == 1
+
+
+def test_stored_images_are_checked_before_anything_is_measured(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*arguments: object, **settings: object) -> None:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(run_module, "evaluate", forbidden)
+    good = {"images": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 3])}
+    cases = [
+        ({"images": good["images"]}, "wanted images and labels"),
+        ({**good, "images": torch.randn(2, 3, 8, 8)}, "wanted [N, (1, 8, 8)]"),
+        ({**good, "images": torch.full((2, 1, 8, 8), torch.nan)}, "images hold a NaN"),
+        ({**good, "labels": torch.tensor([0, 4])}, "wanted 0 to 3"),
+        ({**good, "labels": torch.tensor([0.0, 1.0])}, "int64 labels"),
+        ({**good, "labels": torch.tensor([0])}, "one label for each"),
+        ({"images": torch.zeros(0, 1, 8, 8), "labels": torch.zeros(0, dtype=torch.int64)}, "images [N, C, H, W]"),
+    ]
+    for tensors, part in cases:
+        save_file(tensors, "images.safetensors")
+        _refused(capsys, _quantize("--images", "images.safetensors"), part)
 
 
 def test_weight_file_that_runs_code(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,12 +275,17 @@ def test_object_array_in_the_evaluation_set(place: Path, capsys: pytest.CaptureF
         (["--bits", "W4A4", "W4A4"], "twice"),
         (["--set", "synthesis.nothing=1"], "no setting 'nothing'"),
         (["--set", "synthesis.num_images=many"], "whole number"),
-        (["--set", "synthesis.decay=2"], "decay is 2.0"),
+        (["--set", "synthesis.decay=2"], "synthesis.decay is 2; wanted number at least 0 and below 1"),
         (["--threads", "0"], "--threads is 0"),
         (["--mean", "0.5"], "belong together"),
         (["--mean", "0.5", "0.5", "--std", "1", "1"], "mean has 2 values; the network takes 1 channels"),
         (["--images", "absent.safetensors"], "absent.safetensors"),
         (["--limit", "-1"], "--limit is -1"),
+        (["--device", "foo"], "--device foo: wanted cpu, cuda or cuda:NUMBER"),
+        (["--device", "cuda:99"], "--device cuda:99: this PyTorch finds"),
+        (["--set", 'quantization.layer_bits={"5": "four"}'], "layer_bits"),
+        (["--set", 'quantization.layer_bits={"5": 4.5}'], "layer_bits"),
+        (["--normalization", "none", "--mean", "0", "--std", "1"], "both given"),
     ],
 )
 def test_bad_options(place: Path, capsys: pytest.CaptureFixture[str], more: list[str], part: str) -> None:
@@ -247,6 +346,29 @@ def test_divergence_of_the_student(
     _refused(capsys, _quantize(), "'kd' became nan at step 3")
 
 
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "OutOfMemoryError: CUDA out of memory. ("),
+        (RuntimeError("no kernel\nstack"), "RuntimeError: no kernel (CLUSTERQ_TRACEBACK=1"),
+        (MemoryError(), "MemoryError: no message"),
+    ],
+)
+def test_error_of_torch_in_a_run(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        raise error
+
+    monkeypatch.setattr("clusterq.qat.finetune", fail)
+    _refused(capsys, _quantize(), part)
+
+
+def test_factory_that_raises(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "bad.py").write_text("def make():\n    return 1 / 0\n")
+    _refused(capsys, _quantize(model="bad.py:make"), "bad.py: ZeroDivisionError: division by zero")
+
+
 def test_interrupt(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object, **settings: object) -> None:
         raise KeyboardInterrupt
@@ -291,6 +413,7 @@ def test_settings_are_parsed_by_type() -> None:
         preset("default"),
         [
             "synthesis.source=generator",
+            "synthesis.steps=5",
             "finetune.lr=1",
             "quantization.first_layer_bits=8",
             "finetune.augment=false",
@@ -329,6 +452,16 @@ def test_progress_lines_away_from_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
         "synthesis: 25/100, 20 s, about 60 s left",
         "synthesis: 100/100, 40 s",
     ]
+
+
+def test_progress_begins_anew_for_the_next_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 20.0, 100.0, 120.0])
+    monkeypatch.setattr("clusterq.progress.time.perf_counter", lambda: next(clock))
+    stream = io.StringIO()
+    with ConsoleProgress(stream) as progress:
+        for done in (0, 10, 0, 5):
+            progress("finetune", done, 10)
+    assert stream.getvalue().splitlines() == ["finetune: 10/10, 20 s", "finetune: 5/10, 20 s, about 20 s left"]
 
 
 def test_progress_bar_on_a_terminal() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq.data import EvaluationSet, check_fits, digits, evaluate, open_data
-from clusterq.errors import DataError
+from clusterq.errors import DataError, ModelError
 
 INPUT = {"input_shape": (3, 4, 4), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.4)}
 
@@ -60,6 +60,14 @@ def test_loader_of_batches_is_accepted() -> None:
     loader = torch.utils.data.DataLoader(data, batch_size=3)
     result = evaluate(model, loader)
     assert (result.top1, result.top5, result.count) == (75.0, None, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_output_that_is_not_finite(value: float) -> None:
+    model = Fixed(torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, value]]))
+    assert evaluate(model, _numbered([0, 0, 0, 1]), limit=3).top1 == 100
+    with pytest.raises(ModelError, match="NaN or infinite among images 2 to 3"):
+        evaluate(model, _numbered([0, 0, 0, 1]), batch_size=2)
 
 
 def test_label_out_of_range() -> None:
@@ -141,6 +149,28 @@ def test_npz_that_announces_more_than_it_stores(tmp_path: Path) -> None:
         open_data(str(path), **INPUT)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_flipped_bytes_of_an_npz_are_noticed_or_harmless(tmp_path: Path, compressed: bool) -> None:
+    path = tmp_path / "set.npz"
+    images = np.random.default_rng(0).integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
+    (np.savez_compressed if compressed else np.savez)(path, images=images, labels=np.array([0, 1, 2]))
+    content = path.read_bytes()
+    refused = 0
+    for position in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        path.write_bytes(bytes(damaged))
+        try:
+            data = open_data(str(path), **INPUT)  # type: ignore[arg-type]
+        except DataError:
+            refused += 1
+        else:
+            assert data.labels.tolist() == [0, 1, 2]
+            expected = torch.from_numpy(images[1]).permute(2, 0, 1) / 255 - torch.tensor([0.5, 0.4, 0.3])[:, None, None]
+            torch.testing.assert_close(data[1][0], expected / torch.tensor([0.1, 0.2, 0.4])[:, None, None])
+    assert refused > 20
+
+
 def test_damaged_npz(tmp_path: Path) -> None:
     path = tmp_path / "set.npz"
     path.write_bytes(b"nonsense")
@@ -191,6 +221,41 @@ def test_zipped_folder_with_missing_file_or_bad_label(tmp_path: Path) -> None:
         open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
 
 
+def test_damaged_zip_of_images(tmp_path: Path) -> None:
+    good = _png(7, (4, 4))
+    _zip_folder(tmp_path, [("a.png", "0"), ("b.png", "1"), ("c.png", "1")],
+                {"a.png": good, "b.png": b"no image", "c.png": good[:40]})  # fmt: skip
+    data = open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
+    assert data[0][0].shape == (3, 4, 4)
+    for index, name in ((1, "b"), (2, "c")):
+        with pytest.raises(DataError, match=rf"images\.zip: {name}\.png cannot be decoded as an image"):
+            data[index]
+    archive = tmp_path / "images.zip"
+    content = bytearray(archive.read_bytes())
+    content[content.index(good) + 30] ^= 1
+    archive.write_bytes(bytes(content))
+    data = open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"images\.zip: a\.png cannot be read: Bad CRC-32"):
+        data[0]
+    archive.write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"images\.zip cannot be read: File is not a zip file"):
+        open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
+
+
+def test_zip_with_a_damaged_deflate_stream(tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", _png(7, (40, 40)) * 9)
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\n")
+    content = bytearray(archive.read_bytes())
+    # Local header of 30 bytes and the name, then the stream: 0x07 names a block type that does not exist.
+    content[35] = 0x07
+    archive.write_bytes(bytes(content))
+    data = open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"a\.png cannot be read: .*invalid block type"):
+        data[0]
+
+
 def test_centre_crop_does_not_resample_a_prepared_image(tmp_path: Path) -> None:
     pil = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (9, 8, 3), dtype=np.uint8)
@@ -219,6 +284,15 @@ def test_class_folders_with_own_transform(tmp_path: Path) -> None:
     data = open_data(str(tmp_path), transform=transform, **INPUT)  # type: ignore[arg-type]
     assert data.num_classes == 2 and data.labels.tolist() == [0, 1]
     assert data[1][0].shape == (3, 4, 4) and seen == [(6, 6)]
+
+
+def test_damaged_file_in_a_class_folder(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "x.png").write_bytes(b"no image")
+    data = open_data(str(tmp_path), **INPUT)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"x\.png cannot be decoded as an image"):
+        data[0]
 
 
 def test_folder_without_classes(tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ def test_distillation_is_the_scaled_divergence_per_sample(temperature: float) ->
     q = functional.softmax(student.double() / temperature, 1)
     expected = temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
     assert distillation_loss(student, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-4)
+    # torch.nn.KLDivLoss by default: over batch and classes.
+    weak = distillation_loss(student, teacher, temperature, reduction="mean")
+    assert weak.item() == pytest.approx(expected.item() / 9, rel=1e-4)
 
 
 def test_distillation_gradient_reaches_the_student_only() -> None:
@@ -48,5 +51,7 @@ def test_arguments_are_checked() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ValueError, match="temperature is 0"):
         distillation_loss(x, x, 0)
+    with pytest.raises(ValueError, match="reduction is 'sum'"):
+        distillation_loss(x, x, 1.0, reduction="sum")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"student_logits has shape \(2, 3\)"):
         distillation_loss(x, x[:1], 1.0)

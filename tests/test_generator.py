@@ -103,6 +103,18 @@ def test_weights_depend_on_the_seed_and_leave_the_global_state_alone():
     assert not torch.equal(first.linear.weight, other.linear.weight)
 
 
+@pytest.mark.parametrize("name", ["cuda", "xpu", "mps"])
+def test_seeding_leaves_accelerators_alone(monkeypatch, name):
+    seeded = []
+    for function in ("manual_seed", "manual_seed_all"):
+        if hasattr(getattr(torch, name), function):
+            monkeypatch.setattr(getattr(torch, name), function, seeded.append)
+    build("embedding", seed=1)
+    assert seeded == []
+    torch.cuda.manual_seed_all(5)
+    assert seeded == ([5] if name == "cuda" else [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

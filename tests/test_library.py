@@ -81,6 +81,35 @@ def test_import_brings_in_torch_only():
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_ops_that_write_in_place_count_their_writes(backend):
+    """Eagerly and from a compiled graph; inference tensors have no counter and pass."""
+    done = run(
+        """
+import torch
+from clusterq import ops
+
+x, centroids, size = torch.randn(9, 3), torch.randn(4, 3), torch.ones(4)
+low, high = torch.full((1,), float("inf")), torch.full((1,), float("-inf"))
+written = (centroids, size, low, high)
+
+def step():
+    index, _ = ops.assign_and_update_(centroids, size, x, 0.5)
+    ops.update_centroids_(centroids, size, x, index, 0.5)
+    ops.observe_fake_quantize(x, low, high, 4)
+
+for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+    before = [t._version for t in written]
+    function()
+    assert all(t._version > b for t, b in zip(written, before, strict=True)), [t._version for t in written]
+with torch.inference_mode():
+    ops.assign_and_update_(torch.randn(4, 3), torch.ones(4), x, 0.5)
+""",
+        CLUSTERQ_BACKEND=backend,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_schemas_are_frozen():
     """A schema may gain a trailing argument with a default within a major version, nothing else."""
     frozen = json.loads((Path(__file__).parent / "schemas_v0.json").read_text())

@@ -1,5 +1,6 @@
 """The whole method on a small network for scikit-learn-sized images: presets, reuse of images, errors, determinism."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, 
 from clusterq.errors import DivergenceError, ModelError
 from clusterq.method import ClusterQ, quantize
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages
+from clusterq.synthesis.sources import generator_rate
 
 SHAPE = (1, 8, 8)
 CLASSES = 4
@@ -177,8 +179,40 @@ def test_images_made_earlier_can_be_used(network):
     assert second.metrics["synthesis"] == [] and second.samples_seen["synthesis"] == 0
     with pytest.raises(ValueError, match="images has shape"):
         other.use_images(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64))
+    for labels in (torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=f"labels has dtype {labels.dtype}; wanted torch.int64"):
+            other.use_images(torch.zeros(2, *SHAPE), labels)
     with pytest.raises(ValueError, match="labels range from 0 to 4"):
         other.use_images(torch.zeros(2, *SHAPE), torch.tensor([0, 4]))
+
+
+def test_labels_near_chance_are_warned_of(network, trained):
+    images = torch.zeros(8, *SHAPE)
+    worthless = torch.arange(8) % CLASSES
+    method = ClusterQ(network, TINY, input_shape=SHAPE)
+    method.use_images(images, worthless)
+    # One class for all images: a quarter of the balanced labels is right by chance.
+    with pytest.warns(UserWarning, match=r"assigns 25\.0% of the images to their label, near chance \(25\.0%\)"):
+        assert method.finetune().label_accuracy == 0.25
+    still = replace(TINY, synthesis=replace(TINY.synthesis, image_steps=1, image_lr=1e-9))
+    with pytest.warns(UserWarning, match="near chance"):
+        ClusterQ(network, still, input_shape=SHAPE).synthesize()
+    real, labels = trained[1]
+    method.use_images(real, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert method.finetune().label_accuracy > 0.9
+
+
+def test_a_streaming_generator_is_scheduled_over_the_student_steps(network):
+    config = shortened("paper")
+    config = replace(config, finetune=replace(config.finetune, steps=9))
+    method = ClusterQ(network, config, input_shape=list(SHAPE))
+    method.run()
+    # 3 steps of warm-up and 9 beside the student: the rate falls before steps 3, 6 and 9.
+    assert method.source.config.steps == 9 and method.source.step == 12
+    assert [round(generator_rate(method.source.config, s) / 1e-3, 9) for s in (2, 3, 6, 9)] == [1, 0.1, 0.01, 0.001]
+    assert method.source._optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
 
 
 def test_distillation_brings_the_student_closer_to_the_network(trained):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,6 @@ from clusterq.models import (
     output_classes,
     own_transform,
     read_state_dict,
-    require_batch_norm,
     tensors_sha256,
 )
 from clusterq.networks import ChannelPadShortcut, resnet20
@@ -70,9 +71,21 @@ def test_wrapped_state_dict_and_module_prefix(tmp_path: Path) -> None:
 
 
 def test_first_tensor_of_wrong_shape_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "wide.pt"
+    torch.save({**resnet20().state_dict(), "conv1.weight": torch.zeros(16, 1, 3, 3)}, path)
+    with pytest.raises(ModelError, match=r"tensor conv1\.weight has shape \[16, 1, 3, 3\]; wanted \[16, 3, 3, 3\]"):
+        load_model("builtin:resnet20", str(path))
+
+
+def test_weights_decide_the_classes_of_a_built_in_network(tmp_path: Path) -> None:
     path = tmp_path / "hundred.pt"
-    torch.save(resnet20(num_classes=100).state_dict(), path)
-    with pytest.raises(ModelError, match=r"tensor linear\.weight has shape \[100, 64\]; wanted \[10, 64\]"):
+    state = resnet20(num_classes=100).state_dict()
+    torch.save(state, path)
+    loaded = load_model("builtin:resnet20", str(path))
+    assert loaded.num_classes == 100
+    assert torch.equal(loaded.model.state_dict()["linear.weight"], state["linear.weight"])
+    torch.save({**state, "linear.bias": torch.zeros(10)}, path)
+    with pytest.raises(ModelError, match=r"tensor linear\.bias has shape \[10\]; wanted \[100\]"):
         load_model("builtin:resnet20", str(path))
 
 
@@ -136,12 +149,102 @@ def test_truncated_file_is_an_error(resnet_file: Path) -> None:
         read_state_dict(resnet_file)
 
 
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n", b"<!doctype html><html></html>", b""]
+)
+def test_file_that_is_no_weight_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "w.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"w\.pt is not a PyTorch weight file") as caught:
+        read_state_dict(path)
+    assert "run code" not in str(caught.value)
+
+
 def test_nan_in_weights_is_named(tmp_path: Path) -> None:
     state = resnet20().state_dict()
     state["layer1.0.conv1.weight"][0, 0, 0, 0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     with pytest.raises(ModelError, match=r"layer1\.0\.conv1\.weight holds a NaN"):
         read_state_dict(tmp_path / "nan.pt")
+
+
+def test_weights_of_a_factory_must_be_finite(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch.nn as nn\n"
+        "def make():\n"
+        "    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))\n"
+        "    model[3].bias.data[2] = float('inf')\n"
+        "    return model\n"
+    )
+    with pytest.raises(ModelError, match=r"net\.py:make: tensor 3\.bias holds a NaN or infinite value"):
+        load_model(f"{file}:make", input_size=8)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def make(:\n", r"net\.py: SyntaxError: "),
+        ("import absent_package_xyz\n", r"net\.py: ModuleNotFoundError: No module named 'absent_package_xyz'"),
+        ("def make():\n    raise KeyError('first\\nsecond')\n", r"net\.py: KeyError: "),
+        ("def make():\n    raise ArithmeticError('first\\nsecond')\n", r"net\.py: ArithmeticError: first$"),
+        ("raise SystemExit(3)\n", r"net\.py: SystemExit: 3"),
+    ],
+)
+def test_factory_that_fails_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(content)
+    with pytest.raises(ModelError, match=message):
+        load_model(f"{file}:make")
+    assert str(tmp_path) not in sys.path
+
+
+def test_factory_may_use_dataclasses_and_modules_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "clusterq_test_sibling.py").write_text("CHANNELS = 5\n")
+    file = tmp_path / "net_with_sibling.py"
+    file.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import torch.nn as nn\n"
+        "@dataclass\n"
+        "class Shape:\n"
+        "    channels: int\n"
+        "class Net(nn.Conv2d):\n"
+        "    pass\n"
+        "def make():\n"
+        "    from clusterq_test_sibling import CHANNELS\n"
+        "    return Net(1, Shape(CHANNELS).channels, 3)\n"
+    )
+    before = list(sys.path)
+    model = build_model(f"{file}:make")
+    assert isinstance(model, nn.Conv2d) and model.out_channels == 5
+    assert sys.path == before
+    assert dataclasses.is_dataclass(sys.modules[type(model).__module__].Shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "mean", "std"),
+    [
+        ("none", 3, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        ("none", 1, (0.0,), (1.0,)),
+        ("imagenet", 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("imagenet", 1, (1.347 / 3,), (0.678 / 3,)),
+    ],
+)
+def test_named_normalization_fits_the_channels(
+    tmp_path: Path, name: str, channels: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch.nn as nn\n"
+        f"def make():\n    return nn.Sequential(nn.Conv2d({channels}, 4, 8), nn.Flatten(), nn.Linear(4, 7))\n"
+    )
+    loaded = load_model(f"{file}:make", input_size=8, normalization=name)
+    assert loaded.mean == pytest.approx(mean) and loaded.std == pytest.approx(std)
+    with pytest.raises(ValueError, match="together with mean or std"):
+        load_model(f"{file}:make", input_size=8, normalization=name, mean=(0.0,) * channels)
+    with pytest.raises(ValueError, match="normalization 'mnist' is not one of"):
+        load_model(f"{file}:make", input_size=8, normalization="mnist")
 
 
 def test_factory_from_a_file(tmp_path: Path) -> None:
@@ -219,14 +322,6 @@ def test_torchvision_weights_from_cache_and_from_file(tmp_path: Path, monkeypatc
 def test_missing_package_is_named() -> None:
     with pytest.raises(MissingPackageError, match=r"'absent_package_xyz', which is not installed: pip install"):
         require("absent_package_xyz.sub", purpose="this test")
-
-
-def test_network_without_batch_norm() -> None:
-    with pytest.raises(ModelError, match="no BatchNorm2d"):
-        require_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
-    with pytest.raises(ModelError, match="track_running_stats"):
-        require_batch_norm(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)))
-    require_batch_norm(resnet20())
 
 
 def test_output_must_be_class_scores() -> None:

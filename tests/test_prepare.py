@@ -150,6 +150,42 @@ def test_functions_get_quantizers() -> None:
     assert set(network.state_dict()) <= set(student.state_dict())
 
 
+class Clamped(nn.Module):
+    """Activation functions written as clamps, some of them in place, and less common ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(4))
+        for conv in self.convs:
+            nn.init.dirac_(conv.weight)
+        self.last = nn.Sequential(nn.Softsign(), nn.GLU(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = self.convs
+        x = c[0](x.repeat(1, 2, 1, 1)[:, :4])
+        x.clamp_(min=0)
+        x = torch.clamp(c[1](x) * 8, 0, 6)
+        x = functional.threshold(c[2](x), 0.1, 0.0)
+        x = functional.glu(torch.cat([c[3](x), x], 1), 1)
+        return self.last(functional.logsigmoid(x)).clamp(-1, 1).mean((2, 3))
+
+
+def test_clamps_and_less_common_functions() -> None:
+    network = Clamped()
+    with pytest.warns(UserWarning, match=r"network clamp \(no quantizer for these bounds\)"):
+        student = prepare(network, CONFIG)
+    assert [(row.name, row.kind) for row in report(student) if row.activation_bits] == [
+        ("relu", "relu"), ("relu6", "relu6"), ("threshold", "threshold"), ("glu", "glu"), ("logsigmoid", "logsigmoid"),
+        ("last.0", "Softsign"), ("last.1", "GLU"),
+    ]  # fmt: skip
+    assert student.relu.activation == "relu" and student.relu6.activation == "relu6"
+    assert [(row.name, row.kind) for row in unreached(student)] == [("", "clamp")]
+    assert same_without_quantization(network, student)
+    calibrate(student, IMAGES)
+    student(IMAGES).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in student.parameters())
+
+
 def test_every_call_of_a_shared_activation_has_its_own_range() -> None:
     network = Shared()
     student = prepare(network, CONFIG)

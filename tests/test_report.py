@@ -35,6 +35,22 @@ RESULT: dict[str, Any] = {
     "data": {"name": "set.npz", "images": 100, "of": 400, "sha256": "cd" * 32},
     "float": {"top1": 98.25, "top5": None},
     "images": {"count": 30, "shape": [1, 8, 8], "source": "bank", "label_accuracy": 96.5},
+    "baselines": {
+        "rounded_minmax": {
+            "training": "none",
+            "ranges": "minmax",
+            "weights": "per output channel, asymmetric",
+            "activations": "per tensor, asymmetric",
+            "calibration_images": 29,
+        },
+        "rounded_mse": {
+            "training": "none",
+            "ranges": "mse",
+            "weights": "per output channel, symmetric",
+            "activations": "per tensor, asymmetric",
+            "calibration_images": 29,
+        },
+    },
     "widths": [
         {
             "bits": bits,
@@ -173,6 +189,13 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         assert expected in page.text, expected
     for expected in ("first layer 8 bit", "default, 11", "100 of 400", "head (a note)", "3,000 in synthesis"):
         assert expected in page.text, expected
+    for expected in (
+        "Rounded min/max: no training, ranges between the extreme values from 29 of the images; weights per output "
+        "channel, asymmetric; activations per tensor, asymmetric",
+        "Rounded MSE: no training, ranges of least squared error from 29 of the images; weights per output channel, "
+        "symmetric; activations per tensor, asymmetric",
+    ):
+        assert expected in page.text
     # The command appears as typed, and nothing from it becomes markup.
     assert RESULT["command"] in page.text
     assert not re.search(r"<x>", text)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clusterq.config import SynthesisConfig
 from clusterq.errors import DivergenceError, ModelError
@@ -20,6 +21,7 @@ from clusterq.synthesis import (
     project_statistics,
     semantic_start,
 )
+from clusterq.synthesis.sources import generator_rate
 from clusterq.synthesis.stored import balanced_labels
 
 SHAPE = (1, 8, 8)
@@ -105,6 +107,14 @@ def test_teacher_reports_batch_norm_inputs_in_execution_order(network):
     norms = [*network.norms[:3], network.norms[3], network.shortcut[1]]
     assert torch.equal(teacher.running_mean, torch.cat([n.running_mean for n in norms]))
     assert torch.equal(teacher.running_var, torch.cat([n.running_var for n in norms]))
+
+
+def test_input_shape_is_any_sequence_of_three(network):
+    assert Teacher(network, list(SHAPE)).input_shape == SHAPE
+    assert Teacher(network, torch.Size(SHAPE)).input_shape == SHAPE
+    for bad in ([1, 8], (1, 0, 8)):
+        with pytest.raises(ValueError, match=r"input_shape is \(1, .*wanted positive"):
+            Teacher(network, bad)
 
 
 @pytest.mark.parametrize(("layers", "start"), [(21, 9), (20, 8), (53, 25), (27, 12), (13, 5), (3, 0), (2, 0), (1, 0)])
@@ -278,6 +288,22 @@ def test_stream_trains_while_it_is_drawn(teacher):
     assert not torch.equal(table, source.objective.bank.table)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_generator_follows_its_schedule(teacher, stream):
+    config = replace(GENERATOR, warmup_steps=3, steps=5, generator_lr=0.5, generator_schedule="step")
+    source = GeneratorSource(teacher, config, seed=0, stream=stream)
+    rates = []
+    source._optimizer.register_step_post_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    source.fit()
+    if stream:
+        for step in range(6):  # one more than planned
+            source.batch(step)
+    expected = [0.5, 0.5, 0.05, 0.05, 0.005, 0.005, 0.0005, 0.0005, 0.0005]
+    assert rates == pytest.approx(expected if stream else expected[:8])
+    assert generator_rate(replace(config, generator_schedule="constant"), 7) == 0.5
+    assert generator_rate(replace(config, warmup_steps=0, steps=0), 7) == 0.5
+
+
 @pytest.mark.parametrize("make", ["bank", "generator"])
 def test_same_seed_same_bits_and_resuming_changes_nothing(network, make):
     def build(seed=3):
@@ -362,6 +388,26 @@ def test_stored_images_are_drawn_in_epochs():
         assert torch.equal(labels, drawn[step]) and torch.equal(images.flatten().long(), labels)
     large = StoredImages(torch.zeros(3, 1, 1, 1), torch.arange(3), 8)
     assert torch.bincount(large.batch(0)[1]).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_order_moves_to_the_device_once_per_epoch():
+    stored = StoredImages(torch.empty(12, 1, 1, 1, device="meta"), torch.empty(12, dtype=torch.int64, device="meta"), 4)
+    with Transfers() as transfers:
+        counts = []
+        for step in range(6):
+            assert stored.batch(step)[0].device.type == "meta"
+            counts.append(transfers.count)
+    assert counts == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

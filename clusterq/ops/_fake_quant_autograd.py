@@ -10,6 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _fake_quant_reference as reference
+from clusterq.ops._checks import compute_dtype
+from clusterq.ops._fake_quant_checks import LARGEST_CODE
 from clusterq.ops._library import register_op
 
 fake_quantize_op = register_op(
@@ -67,15 +69,22 @@ error_op = register_op(
 )
 
 
-def _pass_through(grad: Tensor, x: Tensor | None, activation: str) -> Tensor:
-    if x is None or activation == "none":
-        return grad
-    mask = x > 0 if activation == "relu" else (x > 0) & (x < 6)
-    return torch.where(mask, grad, 0.0)
+def _pass_through(grad: Tensor, x: Tensor, activation: str) -> Tensor:
+    """Gradient of the activation alone, in one pass; 0 where x is NaN or infinite.
+
+    The clipped gradient on a step so large (the largest number is 2^16 of them) that no finite x leaves the code range.
+    """
+    dtype = compute_dtype(x.dtype)
+    scale = x.new_full((1,), torch.finfo(dtype).max / (1 << 16), dtype=dtype)
+    masked: Tensor = backward_op(grad, x, scale, torch.zeros_like(scale), -LARGEST_CODE, LARGEST_CODE, None, activation)
+    return masked
 
 
 class FakeQuantize(Function):
-    """Gradient to x only: masked to the range ("clipped") or by the activation alone ("pass_through")."""
+    """Gradient to x only: masked to the range ("clipped") or by the activation alone ("pass_through").
+
+    With an activation, NaN and infinite x get gradient 0 in both.
+    """
 
     @staticmethod
     def forward(

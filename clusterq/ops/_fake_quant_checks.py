@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
+from clusterq.ops._checks import FLOATING, check_device, check_own_memory, check_tensor
+
 ACTIVATIONS = ("none", "relu", "relu6")
 GRADIENTS = ("clipped", "pass_through", "learned")
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODES = (torch.uint8, torch.int8, torch.int16, torch.int32)
 # Up to here every code and every difference of two codes is a whole float32.
 LARGEST_CODE = 1 << 23
@@ -20,8 +24,7 @@ def check_choice(value: str, choices: tuple[str, ...], name: str) -> None:
 
 def check_input(x: Tensor, axis: int | None, name: str, dtypes: tuple[torch.dtype, ...] = FLOATING) -> int | None:
     """Checks dtype and axis of the data; returns the axis counted from the front."""
-    if x.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {x.dtype}; wanted one of {', '.join(map(str, dtypes))}")
+    check_tensor(name, x, dtypes)
     if axis is None:
         return None
     if not -x.dim() <= axis < x.dim():
@@ -49,29 +52,55 @@ def as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torc
     if value.numel() != count:
         wanted = "1 (axis is None)" if axis is None else f"{count}, one per channel of axis {axis}"
         raise ValueError(f"{name} has {value.numel()} elements; wanted {wanted}")
-    if value.device != x.device:
-        raise ValueError(f"{name} is on {value.device}; wanted {x.device}, where the data is")
+    check_device(name, value, x.device, "the data")
     if value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; wanted a floating-point or integer dtype")
     return value.to(dtype)
 
 
+def check_running(value: Tensor, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> None:
+    """A bound of a running range: of the compute dtype, shaped like a parameter, each element in memory of its own."""
+    check_tensor(name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}; wanted {dtype} for x of {x.dtype}")
+    as_parameter(value, x, axis, dtype, name)
+    check_own_memory(name, value)
+
+
 def as_scale(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    if not isinstance(value, Tensor) and not 0 < value < float("inf"):
-        raise ValueError(f"scale is {value}; wanted a finite number above 0")
-    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
-        raise TypeError(f"scale has dtype {value.dtype}; wanted a floating-point dtype")
+    if isinstance(value, Tensor):
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"scale has dtype {value.dtype}; wanted a floating-point dtype")
+    else:
+        if not isinstance(value, numbers.Real):
+            raise TypeError(f"scale is {type(value).__name__}; wanted a number or a Tensor")
+        # Between two numbers of `dtype`, hence normal and finite also once it is rounded to it.
+        smallest, largest = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+        if not smallest <= value <= largest:
+            raise ValueError(
+                f"scale is {value}; wanted {smallest:.4g} to {largest:.4g}, the normal positive numbers of {dtype}"
+            )
     return as_parameter(value, x, axis, dtype, "scale")
+
+
+def check_zero_point(value: Tensor | float, quant_min: int, quant_max: int) -> None:
+    """Of a Python number also the value; a Tensor's would wait for the device."""
+    if isinstance(value, Tensor):
+        return
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"zero_point is {type(value).__name__}; wanted a number or a Tensor")
+    # Comparisons, since torch.compile does not trace math.isfinite of a number that may change.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"zero_point is {value}; wanted a finite number")
+    if not quant_min <= round(value) <= quant_max:
+        raise ValueError(f"zero_point is {value}; wanted {quant_min} to {quant_max}, the range of the codes")
 
 
 def as_zero_point(
     value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, quant_min: int, quant_max: int
 ) -> Tensor:
     """Floating zero points are rounded half to even and clamped into the code range, detached from the graph."""
-    if isinstance(value, int) and not quant_min <= value <= quant_max:
-        raise ValueError(f"zero_point is {value}; wanted {quant_min} to {quant_max}, the range of the codes")
-    if isinstance(value, float) and value != value:
-        raise ValueError("zero_point is nan; wanted a number")
+    check_zero_point(value, quant_min, quant_max)
     zero_point = as_parameter(value, x, axis, dtype, "zero_point").detach()
     integral = not value.dtype.is_floating_point if isinstance(value, Tensor) else isinstance(value, int)
     return zero_point if integral else zero_point.round().clamp(quant_min, quant_max)

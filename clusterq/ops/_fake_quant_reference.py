@@ -31,13 +31,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clusterq.ops._checks import compute_dtype, ordered_sum
+
 # Elements handled at a time where a temporary per candidate would otherwise multiply memory.
 _CHUNK = 1 << 20
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of the arithmetic, of scales and of running ranges for inputs of `dtype`."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def code_dtype(quant_min: int, quant_max: int) -> torch.dtype:
@@ -131,11 +128,8 @@ def fake_quantize_learned_backward(
     slope = torch.where(below, quant_min - z, torch.where(above, quant_max - z, q - z - ratio)).double()
     term_scale = torch.where(below | above | inside, wide * slope, 0.0)
     term_zero = torch.where(below | above, wide, 0.0)
-    if axis is None:
-        sums = term_scale.sum(), term_zero.sum()
-    else:
-        rest = [d for d in range(x.dim()) if d != axis % x.dim()]
-        sums = (term_scale.sum(rest), term_zero.sum(rest)) if rest else (term_scale, term_zero)
+    rest = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+    sums = (ordered_sum(term_scale, rest), ordered_sum(term_zero, rest)) if rest else (term_scale, term_zero)
     grad_zero = -sums[1].reshape(scale.shape) * scale.double()
     return grad_x, sums[0].reshape(scale.shape).to(scale.dtype), grad_zero.to(scale.dtype).reshape(zero_point.shape)
 
@@ -230,7 +224,7 @@ def quantization_error(
         part = rows[:, start : start + width].to(scales.dtype)
         for m in range(scales.size(0)):
             difference = fake_quantize(part, scales[m], zero_points[m], quant_min, quant_max, 0, "none") - part
-            error[m] += torch.where(part.isfinite(), difference.double().square(), 0.0).sum(1)
+            error[m] += ordered_sum(torch.where(part.isfinite(), difference.double().square(), 0.0), [1])
     return error
 
 

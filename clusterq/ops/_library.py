@@ -72,6 +72,23 @@ def _default_kernel(op: _Op) -> Callable[..., Any]:
     return kernel
 
 
+def _version_kernel(overload: Any, mutated: tuple[int, ...]) -> Callable[..., Any]:
+    """Kernel of the ADInplaceOrView key: counts the write for autograd, then calls the kernel of the device.
+
+    C++ and Triton kernels write through raw pointers. Without this a tensor saved for backward could change in between
+    and its gradient be wrong without an error.
+    """
+    # Private, but what torch.library.custom_op itself redispatches with.
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        # Arguments that the schema does not make keyword-only arrive by position.
+        torch._C._increment_version([args[i] for i in mutated])
+        return overload.redispatch(keyset & below, *args, **kwargs)
+
+    return kernel
+
+
 def register_op(
     schema: str,
     *,
@@ -94,8 +111,12 @@ def register_op(
     _lib.define(schema)
     _lib.impl(name, _default_kernel(op), "CompositeExplicitAutograd")
     _library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_lib)
-    overload: Callable[..., Any] = getattr(getattr(torch.ops, _NAMESPACE), name).default
-    return overload
+    overload: Any = getattr(getattr(torch.ops, _NAMESPACE), name).default
+    mutated = tuple(i for i, a in enumerate(overload._schema.arguments) if a.alias_info and a.alias_info.is_write)
+    if mutated:
+        _lib.impl(name, _version_kernel(overload, mutated), "ADInplaceOrView", with_keyset=True)
+    kernel: Callable[..., Any] = overload
+    return kernel
 
 
 def schema_digest(schemas: list[str]) -> str:

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clusterq.ops import _bn_stats_reference as reference
+from clusterq.ops._bn_stats_reference import empty_output, empty_pair
+from clusterq.ops._checks import FLOATING, check_tensor, compute_dtype
 from clusterq.ops._library import register_op
 from clusterq.ops.merge_statistics import (
     check_labels,
     check_vector,
-    membership,
     merge_class_statistics,
     merge_instance_statistics,
     reciprocal,
@@ -48,170 +50,56 @@ __all__ = [
     "merge_instance_statistics",
 ]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Largest [N, classes, C] intermediate of the reference's segment sum, in elements.
-_SEGMENT_CHUNK = 1 << 22
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
 
 def _spatial(x: Tensor) -> int:
     return math.prod(x.shape[2:])
 
 
-def _empty_like(x: Tensor) -> Tensor:
-    dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
-    return torch.empty_like(x) if dense else x.new_empty(x.shape)
-
-
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    """values in x's dtype and in the layout of outputs shaped like x; never an alias of an input."""
-    return _empty_like(x).copy_(values)
-
-
-def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """values [C] or [R, C] shaped to broadcast against x [N, C, *spatial]."""
-    return values.reshape(-1, x.shape[1], *(1,) * (x.dim() - 2))
-
-
 def _check_input(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x is {type(x).__name__}; wanted a Tensor [N, C, *spatial]")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; wanted float32, bfloat16, float16 or float64")
+    check_tensor("x", x, FLOATING)
     if not 2 <= x.dim() <= 5:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted [N, C], [N, C, L], [N, C, H, W] or [N, C, D, H, W]")
 
 
-def _moments(x: Tensor, dims: list[int], correction: int) -> tuple[Tensor, Tensor]:
-    wide = x.to(_statistics_dtype(x))
-    kept = [size for axis, size in enumerate(x.shape) if axis not in dims]
-    count = math.prod(x.shape[axis] for axis in dims)
-    if count > max(correction, 0):
-        var, mean = torch.var_mean(wide, dims, correction=correction)
-        return mean, var
-    mean = wide.mean(dims) if count > 0 else wide.new_full(kept, math.nan)
-    return mean, wide.new_full(kept, math.nan)
-
-
-def _instance_statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    if x.dim() == 2:
-        mean = _like(x, x).to(_statistics_dtype(x))
-        # mean - mean rather than zeros: NaN and infinity stay visible.
-        return mean, mean - mean
-    return _moments(x, list(range(2, x.dim())), 0)
-
-
-def _batch_norm_statistics_reference(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
-    return _moments(x, [0, *range(2, x.dim())], correction)
-
-
-def _segment_sum(values: Tensor, member: Tensor) -> Tensor:
-    """Sum of values [N, C] over the images of each class, member [N, K]; NaN stays in its own class."""
-    step = max(1, _SEGMENT_CHUNK // max(1, values.numel()))
-    zero = values.new_zeros(())
-    return torch.cat(
-        [torch.where(part[:, :, None], values[:, None], zero).sum(0) for part in torch.split(member, step, 1)]
-    )
-
-
-def _class_statistics_reference(
-    x: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    member = membership(labels, num_classes, mask)
-    count = member.sum(0)
-    mean, var = (t.double() for t in _instance_statistics_reference(x))
-    divisor = count.clamp(min=1)[:, None]
-    class_mean = _segment_sum(mean, member) / divisor
-    offset = mean - class_mean[labels.clamp(0, num_classes - 1)]
-    class_var = _segment_sum(var + offset * offset, member) / divisor
-    return count, class_mean.to(_statistics_dtype(x)), class_var.to(_statistics_dtype(x))
-
-
-def _batch_norm_reference(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    wide = x.to(_statistics_dtype(x))
-    return _like((wide - _per_channel(center, x)) * _per_channel(scale, x) + _per_channel(shift, x), x)
-
-
-def _batch_norm_instance_statistics_reference(
-    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm_reference(x, center, scale, shift), *_instance_statistics_reference(x)
-
-
-def _batch_norm_batch_statistics_reference(
-    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _batch_norm_reference(x, center, scale, shift), *_batch_norm_statistics_reference(x, 0)
-
-
-def _statistics_backward_reference(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    wide = x.to(_statistics_dtype(x))
-    return _like(_per_channel(a, x) * (wide - _per_channel(center, x)) + _per_channel(b, x), x)
-
-
-def _batch_norm_statistics_backward_reference(
-    grad: Tensor, x: Tensor, scale: Tensor, center: Tensor, a: Tensor, b: Tensor
-) -> Tensor:
-    wide, incoming = x.to(_statistics_dtype(x)), grad.to(_statistics_dtype(x))
-    own = _per_channel(a, x) * (wide - _per_channel(center, x)) + _per_channel(b, x)
-    return _like(incoming * _per_channel(scale, x) + own, x)
-
-
-def _batch_norm_parameter_backward_reference(
-    grad: Tensor, x: Tensor, center: Tensor, inv_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    dims = [0, *range(2, x.dim())]
-    wide, incoming = x.to(_statistics_dtype(x)), grad.to(_statistics_dtype(x))
-    return (incoming * (wide - _per_channel(center, x))).sum(dims) * inv_std, incoming.sum(dims)
-
-
-def _pair(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-    dtype = _statistics_dtype(x)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
-
-
 _instance_statistics = register_op(
     "instance_statistics(Tensor x) -> (Tensor, Tensor)",
-    reference=_instance_statistics_reference,
-    fake=lambda x: _pair(x, x.shape[0], x.shape[1]),
+    reference=reference.instance_statistics,
+    fake=lambda x: empty_pair(x, x.shape[0], x.shape[1]),
 )
 _batch_norm_statistics = register_op(
     "batch_norm_statistics(Tensor x, int correction) -> (Tensor, Tensor)",
-    reference=_batch_norm_statistics_reference,
-    fake=lambda x, correction: _pair(x, x.shape[1]),
+    reference=reference.batch_norm_statistics,
+    fake=lambda x, correction: empty_pair(x, x.shape[1]),
 )
 _class_statistics = register_op(
     "class_statistics(Tensor x, Tensor labels, int num_classes, Tensor? mask) -> (Tensor, Tensor, Tensor)",
-    reference=_class_statistics_reference,
-    fake=lambda x, labels, num_classes, mask: (labels.new_empty(num_classes), *_pair(x, num_classes, x.shape[1])),
+    reference=reference.class_statistics,
+    fake=lambda x, labels, num_classes, mask: (labels.new_empty(num_classes), *empty_pair(x, num_classes, x.shape[1])),
 )
 _batch_norm_instance_statistics = register_op(
     "batch_norm_instance_statistics(Tensor x, Tensor center, Tensor scale, Tensor shift) -> (Tensor, Tensor, Tensor)",
-    reference=_batch_norm_instance_statistics_reference,
-    fake=lambda x, center, scale, shift: (_empty_like(x), *_pair(x, x.shape[0], x.shape[1])),
+    reference=reference.batch_norm_instance_statistics,
+    fake=lambda x, center, scale, shift: (empty_output(x), *empty_pair(x, x.shape[0], x.shape[1])),
 )
 _batch_norm_batch_statistics = register_op(
     "batch_norm_batch_statistics(Tensor x, Tensor center, Tensor scale, Tensor shift) -> (Tensor, Tensor, Tensor)",
-    reference=_batch_norm_batch_statistics_reference,
-    fake=lambda x, center, scale, shift: (_empty_like(x), *_pair(x, x.shape[1])),
+    reference=reference.batch_norm_batch_statistics,
+    fake=lambda x, center, scale, shift: (empty_output(x), *empty_pair(x, x.shape[1])),
 )
 _statistics_backward = register_op(
     "statistics_backward(Tensor x, Tensor center, Tensor a, Tensor b) -> Tensor",
-    reference=_statistics_backward_reference,
-    fake=lambda x, center, a, b: _empty_like(x),
+    reference=reference.statistics_backward,
+    fake=lambda x, center, a, b: empty_output(x),
 )
 _batch_norm_statistics_backward = register_op(
     "batch_norm_statistics_backward(Tensor grad, Tensor x, Tensor scale, Tensor center, Tensor a, Tensor b) -> Tensor",
-    reference=_batch_norm_statistics_backward_reference,
-    fake=lambda grad, x, scale, center, a, b: _empty_like(x),
+    reference=reference.batch_norm_statistics_backward,
+    fake=lambda grad, x, scale, center, a, b: empty_output(x),
 )
 _batch_norm_parameter_backward = register_op(
     "batch_norm_parameter_backward(Tensor grad, Tensor x, Tensor center, Tensor inv_std) -> (Tensor, Tensor)",
-    reference=_batch_norm_parameter_backward_reference,
-    fake=lambda grad, x, center, inv_std: _pair(x, x.shape[1]),
+    reference=reference.batch_norm_parameter_backward,
+    fake=lambda grad, x, center, inv_std: empty_pair(x, x.shape[1]),
 )
 
 
@@ -412,10 +300,10 @@ def _batch_norm(
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, vector in vectors.items():
         if vector is not None:
-            check_vector(name, vector, x.shape[1], x.device, _DTYPES)
+            check_vector(name, vector, x.shape[1], x.device, FLOATING)
         elif name.startswith("running"):
             raise TypeError(f"{name} is None; BatchNorm in eval mode wants its running statistics")
-    dtype = _statistics_dtype(x)
+    dtype = compute_dtype(x.dtype)
     scale = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
     center, inv_std = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)

@@ -24,18 +24,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clusterq.ops._checks import FLOATING, check_device, check_own_memory, check_shape, check_tensor, compute_dtype
 from clusterq.ops._library import register_op
 
 __all__ = ["assign_and_update_", "nearest_centroid", "update_centroids_"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MODES = ("mean", "codebook")
 
 
 def _check_pair(x: Tensor, centroids: Tensor) -> None:
     for name, tensor in (("x", x), ("centroids", centroids)):
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{name} is {tensor.dtype}; wanted float32, bfloat16, float16 or float64")
+        check_tensor(name, tensor, FLOATING)
     if x.dim() not in (2, 3):
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted [N, D] or [B, N, D]")
     if centroids.dim() != x.dim():
@@ -47,8 +46,7 @@ def _check_pair(x: Tensor, centroids: Tensor) -> None:
         raise ValueError(f"x has D = {x.shape[-1]} but centroids has D = {centroids.shape[-1]}")
     if x.dim() == 3 and x.shape[0] != centroids.shape[0]:
         raise ValueError(f"x has B = {x.shape[0]} but centroids has B = {centroids.shape[0]}")
-    if x.device != centroids.device:
-        raise ValueError(f"x is on {x.device} but centroids is on {centroids.device}")
+    check_device("centroids", centroids, x.device, "x")
     if (x.dtype == torch.float64) != (centroids.dtype == torch.float64):
         raise TypeError(f"x is {x.dtype} but centroids is {centroids.dtype}; float64 goes with float64 only")
 
@@ -57,24 +55,19 @@ def _check_update(
     centroids: Tensor, cluster_size: Tensor, x: Tensor, decay: float, weights: Tensor | None, mode: str
 ) -> None:
     _check_pair(x, centroids)
-    if cluster_size.dtype != torch.float32:
-        raise TypeError(f"cluster_size is {cluster_size.dtype}; wanted float32")
-    if cluster_size.shape != centroids.shape[:-1]:
-        raise ValueError(f"cluster_size has shape {tuple(cluster_size.shape)}; wanted {tuple(centroids.shape[:-1])}")
-    if cluster_size.device != centroids.device:
-        raise ValueError(f"cluster_size is on {cluster_size.device} but centroids is on {centroids.device}")
-    if weights is not None and weights.shape != x.shape[:-1]:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; wanted {tuple(x.shape[:-1])}")
-    if weights is not None and weights.device != x.device:
-        raise ValueError(f"weights is on {weights.device} but x is on {x.device}")
+    check_tensor("cluster_size", cluster_size, (torch.float32,))
+    check_shape("cluster_size", cluster_size, centroids.shape[:-1])
+    check_device("cluster_size", cluster_size, x.device, "x")
+    check_own_memory("centroids", centroids)
+    check_own_memory("cluster_size", cluster_size)
+    if weights is not None:
+        check_tensor("weights", weights)
+        check_shape("weights", weights, x.shape[:-1])
+        check_device("weights", weights, x.device, "x")
     if not 0 <= decay <= 1:
         raise ValueError(f"decay is {decay}; wanted 0 <= decay <= 1")
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(_MODES)}")
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _nearest_reference(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +76,7 @@ def _nearest_reference(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     clusters = centroids.shape[1]
     points, means = x.double(), centroids.double()
     index = x.new_empty((batch, rows), dtype=torch.int64)
-    distance = x.new_empty((batch, rows), dtype=_statistics_dtype(x))
+    distance = x.new_empty((batch, rows), dtype=compute_dtype(x.dtype))
     # float64 scores of one block: 2 MiB stay in a CPU cache, 128 MiB fill a GPU
     budget = 1 << (18 if x.device.type == "cpu" else 24)
     step = max(1, budget // max(1, batch * clusters))
@@ -166,7 +159,7 @@ def _assign_and_update_reference(
 
 def _nearest_fake(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], x.shape[1])
-    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_statistics_dtype(x))
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=compute_dtype(x.dtype))
 
 
 def _nearest_backward_fake(grad: Tensor, x: Tensor, centroids: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,6 +210,8 @@ _assign_and_update = register_op(
 
 
 class _NearestCentroid(torch.autograd.Function):
+    """One op gives both gradients from the same read of x and the centroids, also where only one of them is needed."""
+
     @staticmethod
     def forward(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = _nearest(x, centroids)
@@ -254,7 +249,7 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
             `centroids`; a row with index -1 passes no gradient.
 
     Raises:
-        TypeError: unsupported dtype, or float64 mixed with another dtype.
+        TypeError: an argument is no tensor or has an unsupported dtype, or float64 is mixed with another dtype.
         ValueError: shapes or devices that do not match.
     """
     _check_pair(x, centroids)
@@ -273,7 +268,7 @@ def _batched(tensor: Tensor, dims: int) -> Tensor:
 
 
 def _batched_weights(weights: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if weights is None else _batched(weights, 2).to(_statistics_dtype(x))
+    return None if weights is None else _batched(weights, 2).to(compute_dtype(x.dtype))
 
 
 def update_centroids_(
@@ -306,16 +301,14 @@ def update_centroids_(
             VQ-VAE, whose running sum is `centroids * cluster_size`.
 
     Raises:
-        TypeError: unsupported dtype.
-        ValueError: shapes, devices, `decay` or `mode` that do not fit.
+        TypeError: an argument is no tensor or has an unsupported dtype.
+        ValueError: shapes, devices, `decay` or `mode` that do not fit; elements of `centroids` or of `cluster_size`
+            that share memory (an expanded tensor).
     """
     _check_update(centroids, cluster_size, x, decay, weights, mode)
-    if index.dtype != torch.int64:
-        raise TypeError(f"index is {index.dtype}; wanted int64")
-    if index.shape != x.shape[:-1]:
-        raise ValueError(f"index has shape {tuple(index.shape)}; wanted {tuple(x.shape[:-1])}")
-    if index.device != x.device:
-        raise ValueError(f"index is on {index.device} but x is on {x.device}")
+    check_tensor("index", index, (torch.int64,))
+    check_shape("index", index, x.shape[:-1])
+    check_device("index", index, x.device, "x")
     _update(
         _batched(centroids, 3),
         _batched(cluster_size, 2),

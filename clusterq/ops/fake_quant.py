@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clusterq.ops import _fake_quant_reference as reference
+from clusterq.ops._checks import FLOATING, check_shape, check_tensor, compute_dtype
 from clusterq.ops._fake_quant_autograd import (
     FakeQuantize,
     FakeQuantizeLearned,
@@ -28,7 +29,6 @@ from clusterq.ops._fake_quant_autograd import (
 from clusterq.ops._fake_quant_checks import (
     ACTIVATIONS,
     CODES,
-    FLOATING,
     GRADIENTS,
     LARGEST_CODE,
     as_parameter,
@@ -38,8 +38,9 @@ from clusterq.ops._fake_quant_checks import (
     check_choice,
     check_input,
     check_range,
+    check_running,
+    check_zero_point,
 )
-from clusterq.ops._fake_quant_reference import compute_dtype
 
 __all__ = [
     "dequantize",
@@ -70,9 +71,11 @@ def fake_quantize(
     Args:
         x: any shape; float32, bfloat16, float16 or float64.
         scale: step of the grid, finite and positive: a number, or a tensor with one element (`axis` None) or one per
-            channel of `axis`. Tensor values are not checked here: that would wait for the device.
-        zero_point: code of 0.0: a number, or a tensor like `scale`. Integers are taken as they are, floating-point zero
-            points are rounded half to even and clamped into the code range.
+            channel of `axis`. A number must be normal in the dtype of the arithmetic. Tensor values are not checked
+            here: that would wait for the device.
+        zero_point: code of 0.0: a number, or a tensor like `scale`. Floating-point zero points are rounded half to
+            even. Tensors of them are then clamped into the code range; a number outside it is an error, whatever
+            `gradient` is.
         axis: channel axis of per-channel parameters.
         gradient: `"clipped"` (x where the rounded code lies in the range), `"pass_through"` (x everywhere), or
             `"learned"` (clipped, and LSQ/LSQ+ gradients for scale and zero point, unscaled).
@@ -86,15 +89,18 @@ def fake_quantize(
     check_choice(activation, ACTIVATIONS, "activation")
     dtype = compute_dtype(x.dtype)
     step = as_scale(scale, x, axis, dtype)
+    check_zero_point(zero_point, quant_min, quant_max)
     if gradient == "learned" and torch.is_grad_enabled():
         offset = as_parameter(zero_point, x, axis, dtype, "zero_point")
-        if x.requires_grad or step.requires_grad or offset.requires_grad:
+        if step.requires_grad or offset.requires_grad:
             y: Tensor = FakeQuantizeLearned.apply(x, step, offset, quant_min, quant_max, axis, activation)
             return y
     offset = as_zero_point(zero_point, x, axis, dtype, quant_min, quant_max)
     step = step.detach()
     if torch.is_grad_enabled() and x.requires_grad:
-        y = FakeQuantize.apply(x, step, offset, quant_min, quant_max, axis, activation, gradient)
+        # Without a parameter to learn, "learned" is "clipped": no sums.
+        to_x = "clipped" if gradient == "learned" else gradient
+        y = FakeQuantize.apply(x, step, offset, quant_min, quant_max, axis, activation, to_x)
     else:
         y = fake_quantize_op(x, step, offset, quant_min, quant_max, axis, activation)
     return y
@@ -242,9 +248,9 @@ def observe_fake_quantize(
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum is {momentum}; wanted 0 <= momentum < 1")
     for running, name in ((running_min, "running_min"), (running_max, "running_max")):
-        if running.dtype != compute_dtype(x.dtype):
-            raise TypeError(f"{name} has dtype {running.dtype}; wanted {compute_dtype(x.dtype)} for x of {x.dtype}")
-        as_parameter(running, x, axis, running.dtype, name)
+        check_running(running, x, axis, compute_dtype(x.dtype), name)
+    if running_max is running_min:
+        raise ValueError("running_max is the same tensor as running_min; wanted one of its own")
     low = -(1 << (bits - 1)) if signed else 0
     high = low + (1 << bits) - 1
     arguments = (x, running_min, running_max, low, high, momentum, observe, symmetric, axis, activation)
@@ -261,8 +267,9 @@ def range_to_qparams(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point, shaped like `low`, of the ranges [low, high]; formulas: module `_fake_quant_reference`."""
     check_range(quant_min, quant_max)
-    if low.shape != high.shape:
-        raise ValueError(f"high has shape {tuple(high.shape)}; wanted {tuple(low.shape)}, the shape of low")
+    check_tensor("low", low, FLOATING)
+    check_tensor("high", high, FLOATING)
+    check_shape("high", high, low.shape)
     return reference.range_to_qparams(low, high, quant_min, quant_max, symmetric)
 
 

@@ -7,18 +7,17 @@ import math
 import torch
 from torch import Tensor
 
+from clusterq.ops._checks import FLOATING, check_device, check_shape, check_tensor
+
 
 def reciprocal(count: int) -> float:
     return 1.0 / count if count > 0 else math.nan
 
 
 def check_vector(name: str, vector: Tensor, size: int, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> None:
-    if vector.shape != (size,):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}; wanted ({size},)")
-    if vector.device != device:
-        raise ValueError(f"{name} is on {vector.device}; wanted {device}")
-    if vector.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {vector.dtype}; wanted {' or '.join(str(d) for d in dtypes)}")
+    check_tensor(name, vector, dtypes)
+    check_shape(name, vector, (size,))
+    check_device(name, vector, device, "x")
 
 
 def check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: int, device: torch.device) -> None:
@@ -27,6 +26,14 @@ def check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: 
         raise ValueError(f"num_classes is {num_classes}; wanted at least 1")
     if mask is not None:
         check_vector("mask", mask, images, device, (torch.bool,))
+
+
+def _check_instances(mean: Tensor, var: Tensor) -> None:
+    check_tensor("mean", mean, FLOATING)
+    check_tensor("var", var, FLOATING)
+    if mean.dim() != 2:
+        raise ValueError(f"mean has shape {tuple(mean.shape)}; wanted [N, C]")
+    check_shape("var", var, mean.shape)
 
 
 def membership(labels: Tensor, num_classes: int, mask: Tensor | None) -> Tensor:
@@ -46,6 +53,7 @@ def merge_instance_statistics(mean: Tensor, var: Tensor, spatial: int, correctio
     Returns:
         mean [C] and var [C] in the dtype of mean; NaN as for `batch_norm_statistics`.
     """
+    _check_instances(mean, var)
     wide, values = mean.double(), mean.shape[0] * spatial
     center = wide.mean(0)
     merged = (var.double() + (wide - center).square()).mean(0) * (values * reciprocal(values - correction))
@@ -67,6 +75,7 @@ def merge_class_statistics(
     Returns:
         count [K] int64, mean [K, C], var [K, C] in the dtype of mean; 0 for a class without images.
     """
+    _check_instances(mean, var)
     check_labels(labels, num_classes, mask, mean.shape[0], mean.device)
     member = membership(labels, num_classes, mask)
     count = member.sum(0)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import typing
+
 from torch import Tensor
 from torch.nn import functional
 
+from clusterq.config import DistillationReduction
 
-def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, summed over classes and averaged over the batch.
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float,
+    *,
+    reduction: DistillationReduction = "batchmean",
+) -> Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, averaged over the batch.
 
     Equation (13) of ClusterQ (arXiv 2205.00179v1) with the temperature of Hinton et al. 2015 (arXiv 1503.02531, section
     2). Computed in float32 (float64 for float64 logits) from log-probabilities, so that far-apart logits stay finite.
@@ -15,9 +25,14 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
     Args:
         student_logits, teacher_logits: [N, classes], any floating dtype; no gradient flows to the teacher.
         temperature: T > 0.
+        reduction: `"batchmean"` sums over classes, which is the divergence; `"mean"` averages over classes too, as
+            `torch.nn.KLDivLoss` does by default and GDFQ with it: the same divided by the number of classes.
 
-    Returns a scalar. Raises ValueError for a temperature that is not positive or for shapes that differ.
+    Returns a scalar. Raises ValueError for a temperature that is not positive, an unknown reduction, or shapes that
+    differ.
     """
+    if reduction not in typing.get_args(DistillationReduction):
+        raise ValueError(f"reduction is {reduction!r}; wanted batchmean or mean")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; wanted a number above 0")
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
@@ -27,7 +42,8 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
         )
     student = functional.log_softmax(_wide(student_logits) / temperature, 1)
     teacher = functional.log_softmax(_wide(teacher_logits.detach()) / temperature, 1)
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    divergence = functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return divergence / student_logits.shape[1] if reduction == "mean" else divergence
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 Every `nn.Conv2d` and `nn.Linear` that the network calls gets a quantized weight. Every call of an activation function
 gets a quantizer of its own, whether it is a module, a function or a tensor method: ReLU, ReLU6, Hardtanh, Hardswish,
-SiLU, GELU, LeakyReLU, PReLU, ELU, SELU, CELU, Mish, Softplus, Sigmoid (of gates too), Hardsigmoid, Tanh. The input
-image, BatchNorm, residual sums, pooled features and biases stay in floating point, as in the paper. What should have
-been quantized and could not be is named by `unreached` and in a warning.
+SiLU, GELU, LeakyReLU, PReLU, ELU, SELU, CELU, Mish, Softplus, Sigmoid (of gates too), Hardsigmoid, Tanh, LogSigmoid,
+Softsign, Tanhshrink, Hardshrink, Softshrink, Threshold, RReLU, GLU. A clamp from 0 up counts as ReLU, one from 0 to 6
+as ReLU6, with their gradient (0 at the bounds). The input image, BatchNorm, residual sums, pooled features and biases
+stay in floating point, as in the paper. What should have been quantized and could not be is named by `unreached` and in
+a warning: also softmax and its kin, `maximum`, `minimum`, and clamps to other bounds.
 """
 
 from __future__ import annotations
@@ -270,7 +272,8 @@ class _Conversion:
 
     def _function(self, call: Call) -> None:
         if call.node is None or not call.activation:
-            note = _UNTRACED if call.activation else "called as a function"
+            other = "no quantizer for these bounds" if call.kind == "clamp" else "called as a function"
+            note = _UNTRACED if call.activation else other
             self.unreached.append(Row(call.name, call.kind, note=note))
             return
         fused = call.kind in ("relu", "relu6")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,9 +31,24 @@ _ACTIVATIONS: dict[str, tuple[Any, ...]] = {
     "celu": (functional.celu, functional.celu_, torch.celu, torch.celu_),
     "mish": (functional.mish,),
     "softplus": (functional.softplus,),
-    "sigmoid": (functional.sigmoid, torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_),
+    "sigmoid": (
+        functional.sigmoid,
+        torch.sigmoid,
+        torch.sigmoid_,
+        torch.special.expit,
+        Tensor.sigmoid,
+        Tensor.sigmoid_,
+    ),
     "hardsigmoid": (functional.hardsigmoid,),
     "tanh": (functional.tanh, torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_),
+    "logsigmoid": (functional.logsigmoid,),
+    "softsign": (functional.softsign,),
+    "tanhshrink": (functional.tanhshrink,),
+    "hardshrink": (functional.hardshrink, torch.hardshrink, Tensor.hardshrink),
+    "softshrink": (functional.softshrink,),
+    "threshold": (functional.threshold, torch.threshold, torch.threshold_),
+    "rrelu": (functional.rrelu, functional.rrelu_, torch.rrelu, torch.rrelu_),
+    "glu": (functional.glu,),
 }
 _MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -51,7 +67,23 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.Hardsigmoid: "hardsigmoid",
     nn.Tanh: "tanh",
+    nn.LogSigmoid: "logsigmoid",
+    nn.Softsign: "softsign",
+    nn.Tanhshrink: "tanhshrink",
+    nn.Hardshrink: "hardshrink",
+    nn.Softshrink: "softshrink",
+    nn.Threshold: "threshold",
+    nn.RReLU: "rrelu",
+    nn.GLU: "glu",
 }
+# A clamp computes relu or relu6, or else limits values for any other purpose: its bounds tell.
+_CLAMPS = frozenset(
+    {
+        *(torch.clamp, torch.clamp_, torch.clip, torch.clip_, torch.clamp_min, torch.clamp_min_),
+        *(Tensor.clamp, Tensor.clamp_, Tensor.clip, Tensor.clip_, Tensor.clamp_min, Tensor.clamp_min_),
+        *(torch.clamp_max, torch.clamp_max_, Tensor.clamp_max, Tensor.clamp_max_),
+    }
+)
 # Products and activation functions that no quantizer is made for.
 _FLOAT: dict[str, tuple[Any, ...]] = {
     "conv1d": (functional.conv1d,),
@@ -62,13 +94,26 @@ _FLOAT: dict[str, tuple[Any, ...]] = {
     "conv_transpose3d": (functional.conv_transpose3d,),
     "linear": (functional.linear,),
     "bilinear": (functional.bilinear,),
-    "matmul": (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm),
+    "matmul": (
+        torch.matmul,
+        operator.matmul,
+        Tensor.matmul,
+        Tensor.__matmul__,
+        torch.mm,
+        Tensor.mm,
+        torch.bmm,
+        Tensor.bmm,
+    ),
     "addmm": (torch.addmm, torch.baddbmm),
     "einsum": (torch.einsum,),
     "scaled_dot_product_attention": (functional.scaled_dot_product_attention,),
     "multi_head_attention": (functional.multi_head_attention_forward,),
-    "softmax": (functional.softmax, torch.softmax, Tensor.softmax),
-    "log_softmax": (functional.log_softmax, torch.log_softmax, Tensor.log_softmax),
+    "softmax": (functional.softmax, torch.softmax, torch.special.softmax, Tensor.softmax),
+    "log_softmax": (functional.log_softmax, torch.log_softmax, torch.special.log_softmax, Tensor.log_softmax),
+    "softmin": (functional.softmin,),
+    "gumbel_softmax": (functional.gumbel_softmax,),
+    "maximum": (torch.maximum, Tensor.maximum),
+    "minimum": (torch.minimum, Tensor.minimum),
 }
 NON_NEGATIVE = frozenset({"relu", "relu6", "sigmoid", "hardsigmoid", "softplus"})
 
@@ -79,11 +124,7 @@ def _by_function(table: dict[str, tuple[Any, ...]]) -> dict[Any, str]:
 
 _ACTIVATION_OF = _by_function(_ACTIVATIONS)
 _FLOAT_OF = _by_function(_FLOAT) | {torch._C._nn.scaled_dot_product_attention: "scaled_dot_product_attention"}
-_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "prelu")
-_FLOAT_METHODS = ("matmul", "mm", "bmm", "softmax", "log_softmax")
-_INPLACE_FUNCTIONS = frozenset(
-    f for fs in _ACTIVATIONS.values() for f in fs if getattr(f, "__name__", "").endswith("_")
-)
+_INPLACE_FUNCTIONS = frozenset(f for f in (*_ACTIVATION_OF, *_CLAMPS) if getattr(f, "__name__", "").endswith("_"))
 
 
 def module_activation(module: nn.Module) -> str | None:
@@ -92,6 +133,33 @@ def module_activation(module: nn.Module) -> str | None:
     if kind == "hardtanh" and isinstance(module, nn.Hardtanh) and (module.min_val, module.max_val) == (0.0, 6.0):
         return "relu6"
     return kind
+
+
+def _kind_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, bool] | None:
+    """Kind of a call as in `Call`, and whether a quantizer is made for it; None for any other function."""
+    kind = _ACTIVATION_OF.get(function)
+    if kind == "hardtanh" or function in _CLAMPS:
+        kind = _relu_within(function, args, kwargs) or kind
+        return (kind, True) if kind else ("clamp", False)
+    if kind is not None:
+        return kind, True
+    kind = _FLOAT_OF.get(function)
+    return None if kind is None else (kind, False)
+
+
+def _relu_within(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """relu for bounds (0, none) and relu6 for (0, 6), given as numbers; None for all others."""
+    name = function.__name__.rstrip("_")
+    if name == "clamp_max":
+        return None
+    hardtanh = name == "hardtanh"
+    low = args[1] if len(args) > 1 else kwargs.get("min_val" if hardtanh else "min")
+    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0) if hardtanh else kwargs.get("max")
+    if not isinstance(low, (int, float)) or low != 0:
+        return None
+    if high is None:
+        return "relu"
+    return "relu6" if isinstance(high, (int, float)) and high == 6 else None
 
 
 def is_non_negative(kind: str, module: nn.Module | None) -> bool:
@@ -184,21 +252,18 @@ def record_calls(model: nn.Module, example_input: Tensor | None = None) -> Calls
 def _call_of(node: fx.Node) -> Call | None:
     if node.op == "call_module":
         return Call(str(node.target), "module", False, node)
+    function: Any
     if node.op == "call_function":
-        activation, other = _ACTIVATION_OF.get(node.target), _FLOAT_OF.get(node.target)
-        if getattr(node.target, "__name__", "") == "matmul":
-            other = "matmul"
+        function = node.target
     elif node.op == "call_method":
-        name = str(node.target)
-        activation = name.rstrip("_") if name in _METHODS else None
-        other = name if name in _FLOAT_METHODS else None
+        function = getattr(Tensor, str(node.target), None)
     else:
         return None
-    kind = activation or other
-    if kind is None:
+    found = _kind_of(function, node.args, node.kwargs)
+    if found is None:
         return None
     stack = list(node.meta.get("nn_module_stack", {}).values())
-    return Call(stack[-1][0] if stack else "", kind, activation is not None, node)
+    return Call(stack[-1][0] if stack else "", *found, node)
 
 
 def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -207,8 +272,9 @@ def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op == "call_method":
         return str(node.target).endswith("_")
-    # Positional or by keyword, `inplace` is the only flag these functions take.
-    return node.target in _INPLACE_FUNCTIONS or any(a is True for a in (*node.args, *node.kwargs.values()))
+    # `inplace` is the only flag these functions take, except that rrelu has `training` before it.
+    flags = node.args[4:] if _ACTIVATION_OF.get(node.target) == "rrelu" else node.args
+    return node.target in _INPLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(a is True for a in flags)
 
 
 class _Watch(TorchFunctionMode):
@@ -224,9 +290,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         name, module = self.stack[-1]
         if not LayerTracer().is_leaf_module(module, name):
-            kind = _ACTIVATION_OF.get(func) or _FLOAT_OF.get(func)
-            if kind is not None:
-                self.calls.append(Call(name, kind, func in _ACTIVATION_OF))
+            found = _kind_of(func, args, kwargs or {})
+            if found is not None:
+                self.calls.append(Call(name, *found))
         return func(*args, **(kwargs or {}))
 
 

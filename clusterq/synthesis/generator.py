@@ -145,7 +145,7 @@ def build_generator(
     seed: int,
     device: torch.device,
 ) -> ConditionalGenerator:
-    """A generator with reproducible initial weights; the global random state is left as it was.
+    """A generator with reproducible initial weights; the random states of all devices are left as they were.
 
     Args:
         form: `"embedding"`, `"conditional_norm"`, or `"auto"`: the ImageNet form from 64 pixels or 200 classes on.
@@ -161,7 +161,8 @@ def build_generator(
     if form == "auto":
         form = "conditional_norm" if max(image_shape[1:]) >= 64 or num_classes >= 200 else "embedding"
     cls = ConditionalNormGenerator if form == "conditional_norm" else EmbeddingGenerator
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    # Not torch.manual_seed, which would seed the generators of all accelerators as well.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         generator = cls(num_classes, image_shape, latent_dim, width)
     return generator.to(device)

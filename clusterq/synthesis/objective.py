@@ -75,7 +75,7 @@ class SynthesisObjective:
         self._scale = torch.cat([norm, norm])
         self._noise = torch.Generator(device).manual_seed(seed)
         self.bank: CentroidBank | None = None
-        if config.alignment_weight != 0 or config.diversity_weight != 0:
+        if config.uses_centroids:
             self.bank = CentroidBank(teacher.num_classes, sum(semantic), config.decay, device=device)
 
     def autocast(self) -> torch.autocast:

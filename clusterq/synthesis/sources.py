@@ -168,6 +168,7 @@ class GeneratorSource:
     def _train_step(self) -> tuple[Tensor, Tensor]:
         labels = balanced_labels(self.config.batch_size, self.teacher.num_classes, self._random)
         noise = torch.randn(len(labels), self.config.latent_dim, generator=self._random, device=self.teacher.device)
+        self._optimizer.param_groups[0]["lr"] = generator_rate(self.config, self.step)
         with torch.enable_grad():
             with self.objective.autocast():
                 images = self.generator(noise, labels)
@@ -202,6 +203,18 @@ class GeneratorSource:
         self.objective.load_state_dict(state["objective"])
         self._random.set_state(state["random"].cpu())
         self._log.restore(state["metrics"])
+
+
+def generator_rate(config: SynthesisConfig, step: int) -> float:
+    """Learning rate of a generator step, counted from 0 at the start of the warm-up.
+
+    Constant, or `generator_lr` divided by 10 at 1/4, 1/2 and 3/4 of `warmup_steps + steps`; later steps keep the last
+    rate. Without any such step there is no length to divide, and the rate is constant.
+    """
+    total = config.warmup_steps + config.steps
+    if config.generator_schedule == "constant" or total == 0:
+        return config.generator_lr
+    return float(config.generator_lr * 0.1 ** min(4 * step // total, 3))
 
 
 class BankSource:

@@ -60,15 +60,17 @@ class StoredImages:
         for epoch in range(begin // total, (end - 1) // total + 1):
             first = max(begin - epoch * total, 0)
             parts.append(self._order(epoch)[first : min(end - epoch * total, total)])
-        index = torch.cat(parts).to(self.stored_images.device)
+        index = torch.cat(parts)
         return self.stored_images[index], self.stored_labels[index]
 
     def _order(self, epoch: int) -> Tensor:
+        """[N] int64 on the device of the images: one transfer per epoch, none per step."""
         if epoch not in self._orders:
             # A batch spans the end of one epoch and the start of the next; older orders are not needed again.
             self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
             generator = torch.Generator().manual_seed(self.seed + 1_000_003 * epoch)
-            self._orders[epoch] = torch.randperm(len(self.stored_labels), generator=generator)
+            order = torch.randperm(len(self.stored_labels), generator=generator)
+            self._orders[epoch] = order.to(self.stored_images.device)
         return self._orders[epoch]
 
 

@@ -8,6 +8,7 @@ the depth of the network, and the deep ("semantic") layers are the last columns.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,7 +40,7 @@ class Teacher:
 
     Args:
         model: any module with at least one BatchNorm layer that turns images [N, C, H, W] into logits [N, K].
-        input_shape: (C, H, W) of one image.
+        input_shape: (C, H, W) of one image, any sequence.
         device: where to run; None: where the model's parameters are.
 
     Attributes:
@@ -49,17 +50,21 @@ class Teacher:
         eps: [D] the layers' eps.
 
     Raises:
+        ValueError: `input_shape` is not three positive numbers.
         ModelError: no BatchNorm layer, one without running statistics, images of this shape are not accepted, or the
             output is not [N, K].
     """
 
     def __init__(
-        self, model: nn.Module, input_shape: tuple[int, int, int], *, device: torch.device | str | None = None
+        self, model: nn.Module, input_shape: Sequence[int], *, device: torch.device | str | None = None
     ) -> None:
         if device is None:
             device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.device = torch.device(device)
-        self.input_shape = input_shape
+        if len(input_shape) != 3 or min(input_shape) < 1:
+            raise ValueError(f"input_shape is {tuple(input_shape)}; wanted positive (channels, height, width)")
+        channels, height, width = input_shape
+        self.input_shape = (channels, height, width)
         self.model = copy.deepcopy(model).to(self.device).eval().requires_grad_(False)
         try:
             self.recorder = replace_batch_norm(self.model)
