@@ -1,6 +1,5 @@
 """What a user gets from the build: with a compiler, without one, and from a wheel."""
 
-import json
 import os
 import re
 import shutil
@@ -105,9 +104,58 @@ def test_wheel_holds_both_packages_the_record_and_no_stub(checkout, tmp_path):
     assert "clusterq/kernels.pyi" not in names and not [n for n in names if n.startswith("kernels/")]
 
 
-def test_build_records_every_library():
-    record = json.loads((ROOT / "clusterq" / "_build.json").read_text())
-    assert {"cpp", "cuda", "schema_digest"} <= set(record)
+def backend_requirements(folders):
+    """What the build backend asks for when the target environment keeps its packages in `folders`."""
+    code = (
+        "import sys, build_backend\n"
+        "build_backend._target_folders = lambda: sys.argv[1:]\n"
+        "print(build_backend._torch_requirement())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, folders)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted"), [(None, "['torch>=2.11']"), ("2.8.0", "['torch>=2.11']"), ("2.11.0+cu130", "[]")]
+)
+def test_backend_asks_for_torch_only_where_the_target_has_none_new_enough(tmp_path, version, wanted):
+    if version is not None:
+        info = tmp_path / f"torch-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    assert backend_requirements([tmp_path]) == wanted
+
+
+def test_asking_for_metadata_leaves_the_library_alone(checkout, tmp_path):
+    library = checkout / "clusterq" / "_C.cpython-00-none.so"
+    library.write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=checkout,
+        env={**os.environ, "CLUSTERQ_EXT": "0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert library.exists()
+    library.unlink()
+
+
+def test_a_library_that_was_asked_for_and_cannot_be_built_ends_the_build(checkout, tmp_path):
+    environment = {**os.environ, "PATH": without_compilers(tmp_path), "CXX": "", "CLUSTERQ_EXT": "1"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and "CLUSTERQ_EXT=1, but the cpp library cannot be built" in done.stderr
 
 
 def test_top_level_name_kernels_is_refused():
