@@ -81,6 +81,20 @@ def test_results_do_not_depend_on_the_thread_count(shape):
         torch.set_num_threads(before)
 
 
+def test_merged_instances_do_not_depend_on_the_thread_count():
+    mean, var = torch.rand(60_000, 1, dtype=torch.float64), torch.rand(60_000, 1, dtype=torch.float64)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            runs.append(ops.merge_instance_statistics(mean, var, 25))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
 DIGEST = """
 import hashlib, sys, torch
 sys.path.insert(0, sys.argv[1])

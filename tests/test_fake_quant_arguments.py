@@ -131,6 +131,17 @@ def test_running_ranges_must_not_share_memory() -> None:
     assert torch.equal(both, torch.stack([x.amin((0, 2)), x.amax((0, 2))], 1))
 
 
+def test_triton_launchers_refuse_a_gradient_of_another_shape() -> None:
+    """With the strides of x but fewer rows it would be read past its end."""
+    pytest.importorskip("triton")
+    from clusterq.kernels import fake_quant as launchers
+
+    x, scale, zero_point = torch.randn(4, 3), torch.ones(1), torch.zeros(1)
+    for launcher in (launchers.fake_quantize_backward, launchers.fake_quantize_learned_backward):
+        with pytest.raises(ValueError, match=r"grad has shape \(2, 3\); wanted \(4, 3\)"):
+            launcher(torch.ones(2, 3), x, scale, zero_point, 0, 15, None, "none")
+
+
 class Calls(TorchDispatchMode):
     """Names of the clusterq ops that run inside."""
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clusterq.ops._checks import compute_dtype, ordered_sum
+from clusterq.ops._checks import check_shape, compute_dtype, ordered_sum
 
 # Elements handled at a time where a temporary per candidate would otherwise multiply memory.
 _CHUNK = 1 << 20
@@ -105,6 +105,7 @@ def fake_quantize_backward(
     axis: int | None,
     activation: str,
 ) -> Tensor:
+    check_shape("grad", grad, x.shape)
     _, q, _, _ = _shifted(x, scale, zero_point, axis, activation)
     inside = (q >= quant_min) & (q <= quant_max) & _activation_mask(x, activation)
     return _store(x, torch.where(inside, grad, 0.0))
@@ -120,6 +121,7 @@ def fake_quantize_learned_backward(
     axis: int | None,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_shape("grad", grad, x.shape)
     ratio, q, _, z = _shifted(x, scale, zero_point, axis, activation)
     below, above = q < quant_min, q > quant_max
     inside = (q >= quant_min) & (q <= quant_max)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from clusterq.ops._checks import FLOATING, check_device, check_shape, check_tensor
+from clusterq.ops._checks import FLOATING, check_device, check_shape, check_tensor, ordered_sum
 
 
 def reciprocal(count: int) -> float:
@@ -54,9 +54,11 @@ def merge_instance_statistics(mean: Tensor, var: Tensor, spatial: int, correctio
         mean [C] and var [C] in the dtype of mean; NaN as for `batch_norm_statistics`.
     """
     _check_instances(mean, var)
-    wide, values = mean.double(), mean.shape[0] * spatial
-    center = wide.mean(0)
-    merged = (var.double() + (wide - center).square()).mean(0) * (values * reciprocal(values - correction))
+    wide, images = mean.double(), mean.shape[0]
+    values = images * spatial
+    center = ordered_sum(wide, [0]) / images
+    merged = ordered_sum(var.double() + (wide - center).square(), [0]) / images
+    merged = merged * (values * reciprocal(values - correction))
     return center.to(mean.dtype), merged.to(mean.dtype)
 
 
@@ -65,7 +67,8 @@ def merge_class_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Class statistics from instance statistics (Chan's rule with equal counts); differentiable, no host sync.
 
-    Sums are products with the one-hot labels in float64: repeatable, and out of reach of autocast and TF32. A
+    Sums are products with the one-hot labels in float64: repeatable, and out of reach of autocast and TF32. They run in
+    the BLAS of torch, so independence of the number of threads, which every op promises, is not promised here. A
     non-finite instance of any class makes its channel non-finite in all classes; an image without a class never does.
 
     Args:
