@@ -38,7 +38,7 @@ from clusterq.networks import resnet20
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from clusterq.qat import calibrate, distillation_loss, freeze_batch_norm_statistics, prepare
 
-LEARNED = QuantizationConfig(weight_range="minmax", activation_range="minmax")
+LEARNED = QuantizationConfig(weight_range="minmax", activation_range="minmax", weight_symmetric=True)
 MOVING = QuantizationConfig(learned_scale=False, weight_range="minmax", activation_range="ema", gradient="pass_through")
 TEMPERATURE = 20.0
 Step = Callable[[], Tensor]

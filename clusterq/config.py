@@ -216,16 +216,16 @@ class FinetuneConfig:
     batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"
-    lr: Positive = 1e-3
+    lr: Positive = 1e-2
     momentum: Momentum = 0.9
     weight_decay: Weight = 1e-4
     schedule: Schedule = "cosine"
-    scale_lr_factor: Weight = 1.0
+    scale_lr_factor: Weight = 10.0
     ce_weight: Weight = 0.0
     kd_weight: Weight = 1.0
     temperature: Positive = 20.0
     kd_reduction: DistillationReduction = "batchmean"
-    grad_clip: Weight = 0.0
+    grad_clip: Weight = 5.0
     augment: bool = True
     train_batch_norm: bool = True
     calibration_images: Count = 256
@@ -366,6 +366,7 @@ def preset(name: str) -> ClusterQConfig:
         kd_weight=1.0,
         temperature=1.0 if paper else 20.0,
         kd_reduction="batchmean" if paper else "mean",
+        grad_clip=0.0,
         augment=False,
         weight_decay=1e-4,
     )

@@ -13,6 +13,15 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+CPU_LEVELS = ("default", "avx2", "avx512")
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """Values of `CLUSTERQ_CPU_CAPABILITY` that this processor can run, lowest first."""
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    return CPU_LEVELS[: CPU_LEVELS.index(best) + 1] if best in CPU_LEVELS else CPU_LEVELS[:1]
+
+
 def layouts(x: Tensor) -> dict[str, Tensor]:
     """The values of `x` in every memory layout an op must accept, by name.
 

@@ -7,12 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-#if defined(__CUDACC__)
-#define CLUSTERQ_INLINE __host__ __device__ __forceinline__
-#else
-// Plain `inline` helpers are not cloned along with a `target_clones` caller: they have to vanish into it.
-#define CLUSTERQ_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace clusterq {
 

@@ -9,7 +9,7 @@ import torch
 from torch.library import opcheck
 
 from clusterq import ops
-from clusterq.testing import FLOAT_DTYPES, layouts
+from clusterq.testing import FLOAT_DTYPES, cpu_levels, layouts
 
 OPS = torch.ops.clusterq
 
@@ -120,12 +120,12 @@ def test_every_instruction_set_gives_the_same_bits():
     digests = {
         capability: subprocess.run(
             [sys.executable, "-c", DIGEST, here],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            env={**os.environ, "CLUSTERQ_CPU_CAPABILITY": capability},
             capture_output=True,
             text=True,
             check=True,
         ).stdout.strip()
-        for capability in ("default", "avx2", "avx512")
+        for capability in cpu_levels()
     }
     assert len(set(digests.values())) == 1, digests
 

@@ -10,9 +10,9 @@ import torch
 
 import clusterq
 from clusterq import ops
+from clusterq.testing import cpu_levels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LEVELS = ("default", "avx2", "avx512")
 INF, NAN = float("inf"), float("nan")
 
 
@@ -388,9 +388,7 @@ def check_this_level():
 @pytest.mark.skipif(not compiled(), reason="no compiled kernels here")
 def test_every_level():
     """Each instruction set passes the checks above and gives the same bits; the reference passes them too."""
-    offered = torch.backends.cpu.get_cpu_capability().lower()
-    levels = LEVELS[: LEVELS.index(offered) + 1] if offered in LEVELS else LEVELS[:1]
-    settings = [{"CLUSTERQ_CPU_CAPABILITY": level} for level in levels]
+    settings = [{"CLUSTERQ_CPU_CAPABILITY": level} for level in cpu_levels()]
     outputs = []
     for setting in (*settings, {"CLUSTERQ_BACKEND": "reference"}):
         result = run_elsewhere(__file__, **setting)

@@ -9,17 +9,6 @@
 namespace clusterq::bn_stats {
 namespace {
 
-bool is_dense(const Tensor& x, bool channels_innermost) {
-  const int64_t dims = x.dim();
-  int64_t expected = 1;
-  for (int64_t i = dims - 1; i >= 0; --i) {
-    const int64_t axis = !channels_innermost || i == 0 ? i : i == dims - 1 ? 1 : i + 1;
-    if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
-    expected *= x.size(axis);
-  }
-  return true;
-}
-
 // Segments of x whose moments are rows of the table: whole images, or for channels-innermost tensors equal parts of
 // them.
 struct Table {
@@ -281,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_instance_statistics(const Tensor& 
                                                                   const Tensor& scale, const Tensor& shift) {
   const View x = view(tensor);
   const Tensor y = empty_like(x);
-  const Tensor m = coefficients(x, center, 1, "center"), s = coefficients(x, scale, 1, "scale"),
-               b = coefficients(x, shift, 1, "shift");
+  const Tensor m = per_channel(x, center, "center"), s = per_channel(x, scale, "scale"),
+               b = per_channel(x, shift, "shift");
   Table table = moments(x, instance_parts(x), &y, &m, &s, &b);
   auto [mean, var] = instance_outputs(x, table);
   return {y, mean, var};
@@ -333,8 +322,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_batch_statistics(const Tensor& ten
                                                                const Tensor& scale, const Tensor& shift) {
   const View x = view(tensor);
   const Tensor y = empty_like(x);
-  const Tensor m = coefficients(x, center, 1, "center"), s = coefficients(x, scale, 1, "scale"),
-               b = coefficients(x, shift, 1, "shift");
+  const Tensor m = per_channel(x, center, "center"), s = per_channel(x, scale, "scale"),
+               b = per_channel(x, shift, "shift");
   auto [mean, var] = batch_moments(x, 0, &y, &m, &s, &b);
   return {y, mean, var};
 }
@@ -343,14 +332,14 @@ std::tuple<Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor, const 
                                                     const std::optional<Tensor>& mask) {
   const View x = view(tensor);
   check_dtype(labels, ScalarType::Long, "labels");
-  check_numel(labels, x.images, "labels");
-  const Tensor index = torch::stable::contiguous(labels);
+  check_sizes(labels, {x.images}, "labels");
+  const Tensor index = packed(labels);
   const auto* label = static_cast<const int64_t*>(index.const_data_ptr());
   std::optional<Tensor> kept;
   if (mask.has_value()) {
     check_dtype(*mask, ScalarType::Bool, "mask");
-    check_numel(*mask, x.images, "mask");
-    kept = torch::stable::contiguous(*mask);
+    check_sizes(*mask, {x.images}, "mask");
+    kept = packed(*mask);
   }
   const bool* keep = kept.has_value() ? static_cast<const bool*>(kept->const_data_ptr()) : nullptr;
 
@@ -397,37 +386,6 @@ std::tuple<Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor, const 
 }
 
 }  // namespace
-
-View view(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2, "x must be [N, C, *spatial]");
-  int64_t spatial = 1;
-  for (int64_t i = 2; i < x.dim(); ++i) spatial *= x.size(i);
-  const bool planes = is_dense(x, false), rows = !planes && x.dim() > 2 && is_dense(x, true);
-  return View{planes || rows ? x : torch::stable::contiguous(x), x.size(0), x.size(1), spatial, rows || spatial == 1};
-}
-
-Tensor in_order_of(const View& x, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == x.tensor.scalar_type(), name, " must have the dtype of x");
-  check_numel(tensor, x.numel(), name);
-  if (is_dense(tensor, x.rows && x.spatial != 1)) return tensor;
-  Tensor out = torch::stable::empty_like(x.tensor);
-  torch::stable::copy_(out, tensor);
-  return out;
-}
-
-Tensor empty_like(const View& x) { return torch::stable::empty_like(x.tensor); }
-
-ScalarType statistics_dtype(const View& x) {
-  return x.tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor coefficients(const View& x, const Tensor& tensor, int64_t rows, const char* name) {
-  check_dtype(tensor, statistics_dtype(x), name);
-  const int64_t wanted = rows == 0 && tensor.dim() == 2 && tensor.size(0) != 1 ? x.images : 1;
-  check_numel(tensor, wanted * x.channels, name);
-  return torch::stable::contiguous(tensor);
-}
-
 }  // namespace clusterq::bn_stats
 
 STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) {

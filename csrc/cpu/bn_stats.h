@@ -7,16 +7,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "check.h"
+#include "cpu/simd.h"
 
 namespace clusterq::bn_stats {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 // Arithmetic type: 16-bit inputs are computed in float32.
 template <class T>
@@ -62,7 +55,7 @@ struct Kernels {
                 const double* m2_b);
 };
 
-// The kernels of the best instruction set that this processor has and ATEN_CPU_CAPABILITY allows.
+// The kernels of `cpu_level()`.
 template <class T>
 const Kernels<T>& kernels();
 
@@ -82,7 +75,7 @@ struct View {
 // A view of x itself where it is dense in either order, of a contiguous copy otherwise.
 View view(const Tensor& x);
 
-// `tensor` in the memory order of x, copied if it is in another one.
+// `tensor`, of the shape and dtype of x, in the memory order of x, copied if it is in another one.
 Tensor in_order_of(const View& x, const Tensor& tensor, const char* name);
 
 // Uninitialised, with the shape, dtype and strides of x.
@@ -91,8 +84,11 @@ Tensor empty_like(const View& x);
 // float32, or float64 for float64 x.
 ScalarType statistics_dtype(const View& x);
 
-// A contiguous [rows, C] argument of the statistics' dtype; `rows` 0 means that 1 and N are both allowed.
-Tensor coefficients(const View& x, const Tensor& tensor, int64_t rows, const char* name);
+// A contiguous argument of the statistics' dtype, [C] or [1, C].
+Tensor per_channel(const View& x, const Tensor& tensor, const char* name);
+
+// The same, or [N, C].
+Tensor per_image(const View& x, const Tensor& tensor, const char* name);
 
 // Rows of C channels that are folded into one, so that a row fills four lanes' worth of registers.
 inline int64_t fold(int64_t channels) { return std::max<int64_t>(1, (64 + channels - 1) / channels); }
@@ -108,8 +104,6 @@ constexpr int64_t kShards = 16;
 // Shards run in parallel when the tensor is worth it.
 inline int64_t grain(const View& x, int64_t shards) { return x.numel() < 32768 ? std::max<int64_t>(1, shards) : 1; }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // `values` [C] repeated `times`; out may be values itself.
 template <class E>
 void repeat(const E* values, int64_t channels, int64_t times, E* out) {
@@ -118,19 +112,8 @@ void repeat(const E* values, int64_t channels, int64_t times, E* out) {
 
 // Calls f with a value of the element type of x.
 template <class F>
-auto dispatch(const View& x, F f) {
-  switch (x.tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Float16{});
-    default:
-      STD_TORCH_CHECK(false, "x must be float32, bfloat16, float16 or float64");
-  }
+void dispatch(const View& x, const F& f) {
+  for_floating(x.tensor.scalar_type(), "x", [&](auto element, auto) { f(element); });
 }
 
 }  // namespace clusterq::bn_stats

@@ -13,9 +13,8 @@ Tensor affine(const Tensor* grad, const Tensor& tensor, const Tensor* scale, con
   const Tensor out = empty_like(x);
   if (x.numel() == 0) return out;
   const Tensor incoming = grad == nullptr ? x.tensor : in_order_of(x, *grad, "grad");
-  const Tensor arguments[] = {
-      coefficients(x, center, 0, "center"), coefficients(x, a, 0, "a"), coefficients(x, b, 0, "b"),
-      scale == nullptr ? coefficients(x, center, 0, "center") : coefficients(x, *scale, 1, "scale")};
+  const Tensor arguments[] = {per_image(x, center, "center"), per_image(x, a, "a"), per_image(x, b, "b"),
+                              scale == nullptr ? per_image(x, center, "center") : per_channel(x, *scale, "scale")};
   const int64_t channels = x.channels, image = channels * x.spatial;
   dispatch(x, [&](auto element) {
     using T = decltype(element);
@@ -118,7 +117,7 @@ std::tuple<Tensor, Tensor> batch_norm_parameter_backward(const Tensor& grad, con
                                                          const Tensor& inv_std) {
   const View x = view(tensor);
   const Tensor g = in_order_of(x, grad, "grad");
-  const Tensor m = coefficients(x, center, 1, "center"), s = coefficients(x, inv_std, 1, "inv_std");
+  const Tensor m = per_channel(x, center, "center"), s = per_channel(x, inv_std, "inv_std");
   const Tensor dweight = torch::stable::new_empty(x.tensor, {x.channels}, statistics_dtype(x));
   const Tensor dbias = torch::stable::new_empty(x.tensor, {x.channels}, statistics_dtype(x));
   dispatch(x, [&](auto element) {

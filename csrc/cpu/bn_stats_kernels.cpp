@@ -1,13 +1,7 @@
 // Compiles bn_stats_kernels.h for every instruction set and picks one when the first op runs.
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
 #include <utility>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "cpu/bn_stats.h"
 
@@ -20,8 +14,7 @@
 #define CLUSTERQ_VECTOR_BYTES 16
 #include "cpu/bn_stats_kernels.h"
 
-#if defined(__x86_64__)
-#define CLUSTERQ_X86 1
+#ifdef CLUSTERQ_X86
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -39,10 +32,14 @@
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
 #else
+// GCC 12 takes the undefined pass-through operand of its own unmasked AVX-512 intrinsics for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif
 #define CLUSTERQ_ISA avx512
 #define CLUSTERQ_VECTOR_BYTES 64
@@ -51,6 +48,7 @@
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
+#pragma GCC diagnostic pop
 #endif
 
 #endif
@@ -58,27 +56,11 @@
 namespace clusterq::bn_stats {
 namespace {
 
-enum class Level { kPortable, kAvx2, kAvx512 };
-
-Level level() {
-#ifdef CLUSTERQ_X86
-  // The variable PyTorch itself reads, so that one setting forces both.
-  const char* capability = std::getenv("ATEN_CPU_CAPABILITY");
-  if (capability != nullptr && std::strcmp(capability, "default") == 0) return Level::kPortable;
-  const bool narrow = capability != nullptr && std::strcmp(capability, "avx2") == 0;
-  if (!narrow && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Level::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::kAvx2;
-#endif
-  return Level::kPortable;
-}
-
 template <class T>
 Kernels<T> choose() {
 #ifdef CLUSTERQ_X86
-  if (level() == Level::kAvx512) return avx512::table<T>();
-  if (level() == Level::kAvx2) return avx2::table<T>();
+  if (cpu_level() == CpuLevel::kAvx512) return avx512::table<T>();
+  if (cpu_level() == CpuLevel::kAvx2) return avx2::table<T>();
 #endif
   return portable::table<T>();
 }
@@ -94,6 +76,6 @@ const Kernels<T>& kernels() {
 template const Kernels<float>& kernels<float>();
 template const Kernels<double>& kernels<double>();
 template const Kernels<BFloat16>& kernels<BFloat16>();
-template const Kernels<Float16>& kernels<Float16>();
+template const Kernels<Half>& kernels<Half>();
 
 }  // namespace clusterq::bn_stats

@@ -3,21 +3,14 @@
 // A row whose best score leads by more than twice the largest error any of its scores may carry (centroids_codebook.h)
 // is decided. Otherwise every centroid whose score may reach the best is measured as sum (x - c)^2 in float64, in the
 // order of d.
-#include "centroids_codebook.h"
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLUSTERQ_X86_LEVELS 1
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
 #include <numeric>
-#include <string>
 #include <tuple>
 #include <vector>
+
+#include "centroids_codebook.h"
 
 namespace clusterq {
 namespace centroids {
@@ -47,7 +40,8 @@ struct Level {
 #undef CLUSTERQ_LEVEL
 #undef CLUSTERQ_LANES
 
-#ifdef CLUSTERQ_X86_LEVELS
+#if defined(CLUSTERQ_X86) && !defined(__clang__)
+#define CLUSTERQ_X86_LEVELS 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define CLUSTERQ_LEVEL avx2
@@ -71,28 +65,12 @@ struct Level {
 #pragma GCC diagnostic pop
 #endif
 
-// The best level of this CPU, or the one CLUSTERQ_CPU_CAPABILITY names.
-const Level& choose_level() {
-  const char* variable = std::getenv("CLUSTERQ_CPU_CAPABILITY");
-  const std::string wanted = variable == nullptr ? "" : variable;
-  STD_TORCH_CHECK(wanted.empty() || wanted == "default" || wanted == "avx2" || wanted == "avx512",
-                  "CLUSTERQ_CPU_CAPABILITY is ", wanted, "; wanted default, avx2 or avx512");
-  if (wanted == "default") return portable::level;
-#ifdef CLUSTERQ_X86_LEVELS
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && wanted != "avx2") return avx512::level;
-  if (has_avx2 && wanted != "avx512") return avx2::level;
-#endif
-  STD_TORCH_CHECK(wanted.empty(), "CLUSTERQ_CPU_CAPABILITY is ", wanted,
-                  ", which this CPU or this build does not offer");
-  return portable::level;
-}
-
 const Level& current_level() {
-  static const Level& level = choose_level();
-  return level;
+#ifdef CLUSTERQ_X86_LEVELS
+  if (cpu_level() == CpuLevel::kAvx512) return avx512::level;
+  if (cpu_level() == CpuLevel::kAvx2) return avx2::level;
+#endif
+  return portable::level;
 }
 
 // [rows, dim] of a 16-bit dtype as float32; float32 stays where it is.
@@ -216,16 +194,16 @@ void search_float64(const Level& level, const double* x, const double* c, int64_
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& x_any, const Tensor& centroids_any) {
   STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor centroids = torch::stable::contiguous(centroids_any);
+  const Tensor x = packed(x_any);
+  const Tensor centroids = packed(centroids_any);
   const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
   const ScalarType x_dtype = x.scalar_type(), c_dtype = centroids.scalar_type();
   const bool wide = x_dtype == ScalarType::Double;
   STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
   STD_TORCH_CHECK(clusters >= 1 && clusters < (int64_t{1} << 30) && dim >= 1, "wanted 1 <= K < 2^30 and D >= 1");
   STD_TORCH_CHECK(wide == (c_dtype == ScalarType::Double), "float64 goes with float64 only");
-  dispatch(x_dtype, "x", [](auto) {});
-  dispatch(c_dtype, "centroids", [](auto) {});
+  for_floating(x_dtype, "x", [](auto, auto) {});
+  for_floating(c_dtype, "centroids", [](auto, auto) {});
   Tensor index = torch::stable::new_empty(x, {batch, rows}, ScalarType::Long);
   Tensor distance = torch::stable::new_empty(x, {batch, rows}, wide ? ScalarType::Double : ScalarType::Float);
   const Level& level = current_level();

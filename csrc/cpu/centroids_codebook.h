@@ -149,7 +149,7 @@ class Codebook {
       uint64_t key = 0xcbf29ce484222325u;
       uint32_t special = 0;
       for (int64_t d = 0; d < dim_; d++) {
-        const uint32_t bits = bits_of(row(k)[d]);
+        const uint32_t bits = as_bits(row(k)[d]);
         special |= (bits & 0x7f800000u) == 0x7f800000u;
         key = (key ^ bits) * 0x100000001b3u;
         key ^= key >> 29;

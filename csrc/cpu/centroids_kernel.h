@@ -209,7 +209,7 @@ void score(const Book& book, const float* row, float* scores) {
 template <class T>
 void widen_row(const void* source, int64_t dim, float* target) {
   const T* typed = static_cast<const T*>(source);
-  for (int64_t d = 0; d < dim; d++) target[d] = widen(typed[d]);
+  for (int64_t d = 0; d < dim; d++) target[d] = clusterq::load<float>(typed[d]);
 }
 
 typedef float Floats8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -287,7 +287,7 @@ void search_double(const double* const rows[4], int64_t dim, const double* panel
   }
 }
 
-const Level level = {kLanes, kWidth,   sizeof(State), search, score, widen_row<BFloat16Bits>, widen_row<HalfBits>,
-                     centre, distance, search_double};
+const Level level = {kLanes,          kWidth, sizeof(State), search,       score, widen_row<BFloat16>,
+                     widen_row<Half>, centre, distance,      search_double};
 
 }  // namespace CLUSTERQ_LEVEL

@@ -14,12 +14,6 @@ namespace clusterq {
 namespace centroids {
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define CLUSTERQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLUSTERQ_CLONES
-#endif
-
 constexpr int64_t kSegment = 2048;
 
 struct Segment {
@@ -74,29 +68,12 @@ CLUSTERQ_INLINE void add_rows(const T* x, const int64_t* order, int64_t count, c
     const T* row = x + order[i] * dim;
     if (i + 4 < count) __builtin_prefetch(x + order[i + 4] * dim);
     if (weights == nullptr) {
-      for (int64_t d = 0; d < dim; d++) sum[d] += widen(row[d]);
+      for (int64_t d = 0; d < dim; d++) sum[d] += load<double>(row[d]);
     } else {
       const double weight = weights[order[i]];
-      for (int64_t d = 0; d < dim; d++) sum[d] += weight * widen(row[d]);
+      for (int64_t d = 0; d < dim; d++) sum[d] += weight * load<double>(row[d]);
     }
   }
-}
-
-CLUSTERQ_CLONES void add(const float* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
-                         double* __restrict sum) {
-  add_rows(x, order, count, weights, dim, sum);
-}
-CLUSTERQ_CLONES void add(const BFloat16Bits* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
-                         double* __restrict sum) {
-  add_rows(x, order, count, weights, dim, sum);
-}
-CLUSTERQ_CLONES void add(const HalfBits* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
-                         double* __restrict sum) {
-  add_rows(x, order, count, weights, dim, sum);
-}
-CLUSTERQ_CLONES void add(const double* x, const int64_t* order, int64_t count, const double* weights, int64_t dim,
-                         double* __restrict sum) {
-  add_rows(x, order, count, weights, dim, sum);
 }
 
 // Work items per thread below which starting a thread does not pay.
@@ -109,6 +86,8 @@ template <class F>
 double* sum_segments(const Grouping& groups, int64_t dim, Scratch<double>& memory, const F& sum_rows) {
   const int64_t count = static_cast<int64_t>(groups.segments.size());
   double* partial = memory.reserve(std::max<int64_t>(1, count * dim));
+  // Before the threads that use it start.
+  cpu_level();
   const int64_t rows = static_cast<int64_t>(groups.order.size());
   torch::stable::parallel_for(0, count, grain(dim * (rows / std::max<int64_t>(1, count) + 1)),
                               [&](int64_t b, int64_t e) {
@@ -132,9 +111,9 @@ double* merge(const Grouping& groups, int64_t slot, int64_t dim, double* partial
 // Values of a contiguous tensor of any floating dtype.
 std::vector<double> doubles_of(const Tensor& tensor, const char* name) {
   std::vector<double> values(tensor.numel());
-  dispatch(tensor.scalar_type(), name, [&](auto tag) {
+  for_floating(tensor.scalar_type(), name, [&](auto tag, auto) {
     const auto* source = static_cast<const decltype(tag)*>(tensor.const_data_ptr());
-    for (size_t n = 0; n < values.size(); n++) values[n] = widen(source[n]);
+    for (size_t n = 0; n < values.size(); n++) values[n] = load<double>(source[n]);
   });
   return values;
 }
@@ -144,34 +123,37 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
   STD_TORCH_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
   STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
   const bool codebook = mode == "codebook";
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor index = torch::stable::contiguous(index_any);
-  Tensor centroids = torch::stable::contiguous(centroids_any);
-  Tensor size = torch::stable::contiguous(size_any);
-  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
-  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
-  check_dtype(index, ScalarType::Long, "index");
-  check_numel(index, batch * rows, "index");
-  check_dtype(size, ScalarType::Float, "cluster_size");
-  check_numel(size, batch * clusters, "cluster_size");
+  const int64_t batch = x_any.size(0), rows = x_any.size(1), dim = x_any.size(2), clusters = centroids_any.size(1);
+  STD_TORCH_CHECK(centroids_any.size(0) == batch && centroids_any.size(2) == dim, "x and centroids differ in B or D");
+  for_floating(x_any.scalar_type(), "x", [](auto, auto) {});
+  for_floating(centroids_any.scalar_type(), "centroids", [](auto, auto) {});
+  check_dtype(index_any, ScalarType::Long, "index");
+  check_sizes(index_any, {batch, rows}, "index");
+  check_dtype(size_any, ScalarType::Float, "cluster_size");
+  check_sizes(size_any, {batch, clusters}, "cluster_size");
+  check_writable(centroids_any, "centroids");
+  check_writable(size_any, "cluster_size");
+  const Tensor x = packed(x_any), index = packed(index_any);
+  Tensor centroids = packed(centroids_any), size = packed(size_any);
   std::vector<double> weights;
   if (weights_any.has_value()) {
-    check_numel(*weights_any, batch * rows, "weights");
-    weights = doubles_of(torch::stable::contiguous(*weights_any), "weights");
+    check_sizes(*weights_any, {batch, rows}, "weights");
+    weights = doubles_of(packed(*weights_any), "weights");
   }
   const double* weight = weights.empty() ? nullptr : weights.data();
   const Grouping groups = group(static_cast<const int64_t*>(index.const_data_ptr()), weight, batch, rows, clusters);
 
   Scratch<double> memory;
   double* partial = nullptr;
-  dispatch(x.scalar_type(), "x", [&](auto tag) {
-    const auto* values = static_cast<const decltype(tag)*>(x.const_data_ptr());
+  for_floating(x.scalar_type(), "x", [&](auto tag, auto) {
+    using T = decltype(tag);
+    const T* values = static_cast<const T*>(x.const_data_ptr());
     partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
-      add(values, groups.order.data() + segment.begin, segment.end - segment.begin, weight, dim, sum);
+      at_level<add_rows<T>>(values, groups.order.data() + segment.begin, segment.end - segment.begin, weight, dim, sum);
     });
   });
   float* sizes = static_cast<float*>(size.mutable_data_ptr());
-  dispatch(centroids.scalar_type(), "centroids", [&](auto tag) {
+  for_floating(centroids.scalar_type(), "centroids", [&](auto tag, auto) {
     using T = decltype(tag);
     T* values = static_cast<T*>(centroids.mutable_data_ptr());
     torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
@@ -188,13 +170,13 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
         }
         const double old_size = sizes[slot];
         const double new_size = decay * old_size + (1 - decay) * count;
-        store(sizes + slot, new_size);
+        sizes[slot] = static_cast<float>(new_size);
         if (total == nullptr || count == 0 || (codebook && new_size == 0)) continue;
         T* target = values + slot * dim;
         for (int64_t d = 0; d < dim; d++) {
-          const double old = widen(target[d]);
-          store(target + d, codebook ? (decay * old_size * old + (1 - decay) * total[d]) / new_size
-                                     : decay * old + (1 - decay) * (total[d] / count));
+          const double old = load<double>(target[d]);
+          target[d] = store<T>(codebook ? (decay * old_size * old + (1 - decay) * total[d]) / new_size
+                                        : decay * old + (1 - decay) * (total[d] / count));
         }
       }
     });
@@ -206,51 +188,31 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
 // flow = 2 g (x - c): the gradient of the row, and minus its share of the centroid's.
 template <class T>
 CLUSTERQ_INLINE void flow_rows(const T* x, const double* centroid, const double* grad, const int64_t* order,
-                               int64_t count, int64_t dim, T* __restrict grad_x, double* __restrict sum) {
+                               int64_t count, int64_t dim, T* grad_x, double* sum) {
   for (int64_t i = 0; i < count; i++) {
     const int64_t row = order[i];
     const double slope = 2 * grad[row];
     if (i + 4 < count) __builtin_prefetch(x + order[i + 4] * dim);
     for (int64_t d = 0; d < dim; d++) {
-      const double flow = slope * (static_cast<double>(widen(x[row * dim + d])) - centroid[d]);
-      store(grad_x + row * dim + d, flow);
+      const double flow = slope * (load<double>(x[row * dim + d]) - centroid[d]);
+      grad_x[row * dim + d] = store<T>(flow);
       sum[d] += flow;
     }
   }
 }
 
-CLUSTERQ_CLONES void flow(const float* x, const double* centroid, const double* grad, const int64_t* order,
-                          int64_t count, int64_t dim, float* __restrict grad_x, double* __restrict sum) {
-  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
-}
-CLUSTERQ_CLONES void flow(const BFloat16Bits* x, const double* centroid, const double* grad, const int64_t* order,
-                          int64_t count, int64_t dim, BFloat16Bits* __restrict grad_x, double* __restrict sum) {
-  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
-}
-CLUSTERQ_CLONES void flow(const HalfBits* x, const double* centroid, const double* grad, const int64_t* order,
-                          int64_t count, int64_t dim, HalfBits* __restrict grad_x, double* __restrict sum) {
-  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
-}
-CLUSTERQ_CLONES void flow(const double* x, const double* centroid, const double* grad, const int64_t* order,
-                          int64_t count, int64_t dim, double* __restrict grad_x, double* __restrict sum) {
-  flow_rows(x, centroid, grad, order, count, dim, grad_x, sum);
-}
-
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& centroids_any,
                                     const Tensor& index_any) {
-  const Tensor grad = torch::stable::contiguous(grad_any);
-  const Tensor x = torch::stable::contiguous(x_any);
-  const Tensor centroids = torch::stable::contiguous(centroids_any);
-  const Tensor index = torch::stable::contiguous(index_any);
+  const Tensor grad = packed(grad_any), x = packed(x_any), centroids = packed(centroids_any), index = packed(index_any);
   STD_TORCH_CHECK(x.dim() == 3 && centroids.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
   const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
   STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
-  const bool wide = x.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(wide == (centroids.scalar_type() == ScalarType::Double), "float64 goes with float64 only");
+  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Double) == (centroids.scalar_type() == ScalarType::Double),
+                  "float64 goes with float64 only");
   check_dtype(index, ScalarType::Long, "index");
-  check_numel(index, batch * rows, "index");
-  check_dtype(grad, wide ? ScalarType::Double : ScalarType::Float, "grad");
-  check_numel(grad, batch * rows, "grad");
+  check_sizes(index, {batch, rows}, "index");
+  check_dtype(grad, compute_dtype(x.scalar_type()), "grad");
+  check_sizes(grad, {batch, rows}, "grad");
   const int64_t* labels = static_cast<const int64_t*>(index.const_data_ptr());
   const Grouping groups = group(labels, nullptr, batch, rows, clusters);
   Tensor grad_x = torch::stable::new_empty(x, {batch, rows, dim});
@@ -259,7 +221,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
   const std::vector<double> means = doubles_of(centroids, "centroids");
   Scratch<double> memory;
   double* partial = nullptr;
-  dispatch(x.scalar_type(), "x", [&](auto tag) {
+  for_floating(x.scalar_type(), "x", [&](auto tag, auto) {
     using T = decltype(tag);
     const T* points = static_cast<const T*>(x.const_data_ptr());
     T* out = static_cast<T*>(grad_x.mutable_data_ptr());
@@ -267,17 +229,17 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any,
       if (labels[row] < 0) std::memset(static_cast<void*>(out + row * dim), 0, sizeof(T) * dim);
     }
     partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
-      flow(points, means.data() + segment.slot * dim, slopes.data(), groups.order.data() + segment.begin,
-           segment.end - segment.begin, dim, out, sum);
+      at_level<flow_rows<T>>(points, means.data() + segment.slot * dim, slopes.data(),
+                             groups.order.data() + segment.begin, segment.end - segment.begin, dim, out, sum);
     });
   });
-  dispatch(centroids.scalar_type(), "centroids", [&](auto tag) {
+  for_floating(centroids.scalar_type(), "centroids", [&](auto tag, auto) {
     using T = decltype(tag);
     T* out = static_cast<T*>(grad_centroids.mutable_data_ptr());
     torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; slot++) {
         const double* total = merge(groups, slot, dim, partial);
-        for (int64_t d = 0; d < dim; d++) store(out + slot * dim + d, total == nullptr ? 0.0 : -total[d]);
+        for (int64_t d = 0; d < dim; d++) out[slot * dim + d] = store<T>(total == nullptr ? 0.0 : -total[d]);
       }
     });
   });

@@ -4,34 +4,30 @@
 namespace clusterq {
 namespace {
 
-template <typename T, typename A>
-CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, OneGrid<A> grids,
-                                 Activation<A> activation) {
-  const Steps<A> steps = to_steps(grids.grid, activation);
-  for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
-}
-
-template <typename T, typename A>
-CLUSTERQ_CLONES void forward_run(const T* __restrict x, T* __restrict y, int64_t n, GridRow<A> grids,
-                                 Activation<A> activation) {
-  for (int64_t i = 0; i < n; ++i)
-    y[i] = store<T>(fake_quantize(clamp(load<A>(x[i]), activation.low, activation.high), grids.at(i)));
+template <typename T, typename A, typename G>
+CLUSTERQ_INLINE void forward_run(const T* x, T* y, int64_t n, G grids, Activation<A> activation) {
+  if constexpr (std::is_same_v<G, OneGrid<A>>) {
+    const Steps<A> steps = to_steps(grids.grid, activation);
+    for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      y[i] = store<T>(fake_quantize(clamp(load<A>(x[i]), activation.low, activation.high), grids.at(i)));
+  }
 }
 
 template <typename T, typename A, typename G>
-CLUSTERQ_CLONES void backward_run(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, int64_t n,
-                                  G grids, Activation<A> activation) {
+CLUSTERQ_INLINE void backward_run(const T* grad, const T* x, T* grad_x, int64_t n, G grids, Activation<A> activation) {
   for (int64_t i = 0; i < n; ++i)
     grad_x[i] = store<T>(masked_gradient(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation));
 }
 
 template <typename T, typename A, typename Q, typename G>
-CLUSTERQ_CLONES void quantize_run(const T* __restrict x, Q* __restrict codes, int64_t n, G grids) {
+CLUSTERQ_INLINE void quantize_run(const T* x, Q* codes, int64_t n, G grids) {
   for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<Q>(static_cast<int32_t>(quantize(load<A>(x[i]), grids.at(i))));
 }
 
 template <typename Q, typename T, typename A, typename G>
-CLUSTERQ_CLONES void dequantize_run(const Q* __restrict codes, T* __restrict y, int64_t n, G grids) {
+CLUSTERQ_INLINE void dequantize_run(const Q* codes, T* y, int64_t n, G grids) {
   for (int64_t i = 0; i < n; ++i) {
     const Grid<A> grid = grids.at(i);
     y[i] = store<T>((static_cast<A>(static_cast<int32_t>(codes[i])) - grid.zero_point) * grid.scale);
@@ -51,8 +47,9 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& sc
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* above = static_cast<const T*>(grad.const_data_ptr());
     auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
-    elementwise(walk, grids,
-                [&](int64_t i, int64_t n, auto g) { backward_run<T, A>(above + i, from + i, to + i, n, g, bounds); });
+    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
+      at_level<backward_run<T, A, decltype(g)>>(above + i, from + i, to + i, n, g, bounds);
+    });
   });
   return grad_x;
 }
@@ -94,7 +91,9 @@ Tensor quantize_codes(const Tensor& input, const Tensor& scale, const Tensor& ze
     for_codes(dtype, [&](auto code) {
       using Q = decltype(code);
       auto* to = static_cast<Q*>(codes.mutable_data_ptr());
-      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { quantize_run<T, A, Q>(from + i, to + i, n, g); });
+      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
+        at_level<quantize_run<T, A, Q, decltype(g)>>(from + i, to + i, n, g);
+      });
     });
   });
   return codes;
@@ -113,7 +112,9 @@ Tensor dequantize_codes(const Tensor& input, const Tensor& scale, const Tensor& 
     for_codes(codes.scalar_type(), [&](auto code) {
       using Q = decltype(code);
       const auto* from = static_cast<const Q*>(codes.const_data_ptr());
-      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { dequantize_run<Q, T, A>(from + i, to + i, n, g); });
+      elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
+        at_level<dequantize_run<Q, T, A, decltype(g)>>(from + i, to + i, n, g);
+      });
     });
   });
   return y;
@@ -133,7 +134,9 @@ Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Ten
     const auto bounds = activation_of<A>(activation);
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     auto* to = static_cast<T*>(y.mutable_data_ptr());
-    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) { forward_run<T, A>(from + i, to + i, n, g, bounds); });
+    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
+      at_level<forward_run<T, A, decltype(g)>>(from + i, to + i, n, g, bounds);
+    });
   });
   return y;
 }

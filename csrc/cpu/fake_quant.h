@@ -1,26 +1,17 @@
-// What the fake-quantize kernels share: 16-bit conversions in registers, the walk over dense memory, parameters per
-// element.
+// What the fake-quantize kernels share: the walk over dense memory, parameters per element.
 #pragma once
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
 
-#include "check.h"
+#include "cpu/simd.h"
 #include "numerics.h"
 
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CLUSTERQ_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define CLUSTERQ_CLONES
-#endif
-
-// Templates live in an unnamed namespace: cloned code must never be merged across files by the linker.
 namespace clusterq {
 
 Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
@@ -30,84 +21,6 @@ namespace {
 
 using torch::stable::parallel_for;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-CLUSTERQ_INLINE float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-CLUSTERQ_INLINE uint32_t as_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-template <typename A, typename T>
-CLUSTERQ_INLINE A load(T v) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    return as_float(uint32_t(v.bits) << 16);
-  } else if constexpr (std::is_same_v<T, Half>) {
-    // Exponents are rebiased by 112; subnormals become normal by subtracting 2^-14 as a float.
-    const uint32_t shifted = uint32_t(v.bits & 0x7fff) << 13, exponent = shifted & 0x0f800000;
-    uint32_t bits = shifted + 0x38000000;
-    bits = exponent == 0x0f800000 ? bits + 0x38000000 : bits;
-    const uint32_t subnormal = as_bits(as_float(bits + 0x00800000) - as_float(0x38800000));
-    bits = exponent == 0 ? subnormal : bits;
-    return as_float(bits | uint32_t(v.bits & 0x8000) << 16);
-  } else {
-    return static_cast<A>(v);
-  }
-}
-
-// Rounds to nearest even, as torch does.
-template <typename T, typename A>
-CLUSTERQ_INLINE T store(A v) {
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const uint32_t bits = as_bits(v);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {static_cast<uint16_t>(v == v ? rounded : 0x7fc0)};
-  } else if constexpr (std::is_same_v<T, Half>) {
-    const uint32_t bits = as_bits(v), sign = bits & 0x80000000, magnitude = bits ^ sign;
-    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Adding 0.5 leaves the subnormal's digits, rounded, at the bottom of the mantissa.
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
-    uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
-    half = magnitude >= 0x47800000 ? 0x7c00 : half;
-    half = magnitude > 0x7f800000 ? 0x7e00 : half;
-    return {static_cast<uint16_t>(half | sign >> 16)};
-  } else {
-    return static_cast<T>(v);
-  }
-}
-
-// Calls `body` with a value of the element type and one of the arithmetic type.
-template <typename F>
-void for_floating(ScalarType dtype, const char* name, const F& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{}, float{});
-    case ScalarType::Double:
-      return body(double{}, double{});
-    case ScalarType::BFloat16:
-      return body(BFloat16{}, float{});
-    case ScalarType::Half:
-      return body(Half{}, float{});
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-inline ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <typename A>
 Activation<A> activation_of(const std::string& name) {
   constexpr A inf = std::numeric_limits<A>::infinity();
@@ -115,28 +28,6 @@ Activation<A> activation_of(const std::string& name) {
   if (name == "relu") return {A(0), inf};
   STD_TORCH_CHECK(name == "relu6", "activation must be none, relu or relu6");
   return {A(0), A(6)};
-}
-
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-// `empty_like` keeps the strides of a tensor exactly when it fills its memory without gaps.
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() || same_strides(torch::stable::empty_like(x), x) ? x : torch::stable::contiguous(x);
-}
-
-inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
-                  "grad must match x in shape and dtype");
-  for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad must match x in shape and dtype");
-  if (same_strides(grad, x)) return grad;
-  Tensor copy = torch::stable::empty_like(x);
-  torch::stable::copy_(copy, grad);
-  return copy;
 }
 
 // The wrapped `empty_like` takes no dtype.
@@ -149,11 +40,6 @@ inline Tensor like(const Tensor& x, ScalarType dtype) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The wrapped `contiguous` goes through the dispatcher even when there is nothing to do.
-inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Dense memory seen as [outer, channels, inner]; [1, 1, numel] without a channel axis.
 struct Walk {
   int64_t outer = 1, channels = 1, inner = 1;
@@ -163,6 +49,8 @@ struct Walk {
   static constexpr int64_t kShortRun = 32;
 
   Walk(const Tensor& x, std::optional<int64_t> axis) {
+    // Every op makes one before its threads start.
+    cpu_level();
     if (axis.has_value()) {
       STD_TORCH_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
       const int64_t a = *axis < 0 ? *axis + x.dim() : *axis;

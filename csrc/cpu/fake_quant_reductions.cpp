@@ -12,24 +12,44 @@ struct LearnedSums {
   double scale = 0, outside = 0;
 };
 
-template <typename T, typename A>
-CLUSTERQ_CLONES void learned_run(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, int64_t n,
-                                 OneGrid<A> grids, Activation<A> activation, LearnedSums* sums) {
-  double sum_scale = 0, sum_outside = 0;
-#pragma omp simd reduction(+ : sum_scale, sum_outside)
-  for (int64_t i = 0; i < n; ++i) {
-    const LearnedTerm<A> term = learned_term(load<A>(x[i]), load<A>(grad[i]), grids.grid, activation);
-    grad_x[i] = store<T>(term.x);
-    sum_scale += double(term.grad) * double(term.slope);
-    sum_outside += double(term.outside);
-  }
-  *sums = {sum_scale, sum_outside};
+// A sum is this many partial sums, element i in number i % kPartial, added by halving: the same bits on every
+// instruction set.
+constexpr int kPartial = 16;
+
+CLUSTERQ_INLINE double total_of(double (&partial)[kPartial]) {
+  for (int width = kPartial / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) partial[j] += partial[j + width];
+  return partial[0];
 }
 
 template <typename T, typename A>
-CLUSTERQ_CLONES void learned_row(const T* __restrict grad, const T* __restrict x, T* __restrict grad_x, int64_t n,
-                                 GridRow<A> grids, Activation<A> activation, double* __restrict sum_scale,
-                                 double* __restrict sum_outside) {
+CLUSTERQ_INLINE void learned_one(const T* grad, const T* x, T* grad_x, const Grid<A>& grid,
+                                 const Activation<A>& activation, double& sum_scale, double& sum_outside) {
+  const LearnedTerm<A> term = learned_term(load<A>(*x), load<A>(*grad), grid, activation);
+  *grad_x = store<T>(term.x);
+  sum_scale += double(term.grad) * double(term.slope);
+  sum_outside += double(term.outside);
+}
+
+template <typename T, typename A>
+CLUSTERQ_INLINE void learned_run(const T* grad, const T* x, T* grad_x, int64_t n, OneGrid<A> grids,
+                                 Activation<A> activation, LearnedSums* sums) {
+  double scale[kPartial] = {}, outside[kPartial] = {};
+  int64_t i = 0;
+  for (; i + kPartial <= n; i += kPartial) {
+#pragma omp simd
+    for (int j = 0; j < kPartial; ++j)
+      learned_one(grad + i + j, x + i + j, grad_x + i + j, grids.grid, activation, scale[j], outside[j]);
+  }
+  for (int j = 0; i < n; ++i, ++j)
+    learned_one(grad + i, x + i, grad_x + i, grids.grid, activation, scale[j], outside[j]);
+  *sums = {total_of(scale), total_of(outside)};
+}
+
+template <typename T, typename A>
+CLUSTERQ_INLINE void learned_row(const T* grad, const T* x, T* grad_x, int64_t n, GridRow<A> grids,
+                                 Activation<A> activation, double* sum_scale, double* sum_outside) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const LearnedTerm<A> term = learned_term(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation);
     grad_x[i] = store<T>(term.x);
@@ -68,14 +88,15 @@ std::vector<LearnedSums> learned(const Walk& walk, const Grids<A>& grids, Activa
     std::vector<double> scale(pattern.shards * pattern.row), outside(pattern.shards * pattern.row);
     for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard) {
       const int64_t at = shard * pattern.row + column;
-      learned_row<T, A>(grad + i, x + i, grad_x + i, n, wide.row(column), activation, &scale[at], &outside[at]);
+      at_level<learned_row<T, A>>(grad + i, x + i, grad_x + i, n, wide.row(column), activation, &scale[at],
+                                  &outside[at]);
     });
     fold_pattern(walk, pattern, scale, [&](int64_t c, double v) { total[c].scale += v; });
     fold_pattern(walk, pattern, outside, [&](int64_t c, double v) { total[c].outside += v; });
   } else {
     std::vector<LearnedSums> partial(walk.outer * walk.channels * walk.blocks_per_run());
     for_runs(walk, [&](int64_t i, int64_t n, int64_t channel, int64_t task) {
-      learned_run<T, A>(grad + i, x + i, grad_x + i, n, grids.one(channel), activation, &partial[task]);
+      at_level<learned_run<T, A>>(grad + i, x + i, grad_x + i, n, grids.one(channel), activation, &partial[task]);
     });
     fold_runs(walk, partial, [&](int64_t c, const LearnedSums& v) {
       total[c].scale += v.scale;
@@ -121,7 +142,7 @@ struct Range {
 };
 
 template <typename T, typename A>
-CLUSTERQ_CLONES void range_run(const T* __restrict x, int64_t n, Activation<A> activation, Range<A>* range) {
+CLUSTERQ_INLINE void range_run(const T* x, int64_t n, Activation<A> activation, Range<A>* range) {
   constexpr A inf = std::numeric_limits<A>::infinity();
   A low = inf, high = -inf;
 #pragma omp simd reduction(min : low) reduction(max : high)
@@ -132,12 +153,12 @@ CLUSTERQ_CLONES void range_run(const T* __restrict x, int64_t n, Activation<A> a
     low = for_low < low ? for_low : low;
     high = for_high > high ? for_high : high;
   }
-  *range = {low, high};
+  // Which zero of several is kept depends on the order of the lanes: +0 it is.
+  *range = {low + A(0), high + A(0)};
 }
 
 template <typename T, typename A>
-CLUSTERQ_CLONES void range_row(const T* __restrict x, int64_t n, Activation<A> activation, A* __restrict low,
-                               A* __restrict high) {
+CLUSTERQ_INLINE void range_row(const T* x, int64_t n, Activation<A> activation, A* low, A* high) {
   constexpr A inf = std::numeric_limits<A>::infinity();
   for (int64_t i = 0; i < n; ++i) {
     const A v = clamp(load<A>(x[i]), activation.low, activation.high);
@@ -149,7 +170,7 @@ CLUSTERQ_CLONES void range_row(const T* __restrict x, int64_t n, Activation<A> a
 }
 
 template <typename T, typename A>
-CLUSTERQ_CLONES void quantize_channel(const T* __restrict x, T* __restrict y, int64_t n, Steps<A> steps) {
+CLUSTERQ_INLINE void quantize_channel(const T* x, T* y, int64_t n, Steps<A> steps) {
   for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
 }
 
@@ -163,14 +184,14 @@ std::vector<Range<A>> channel_ranges(const Walk& walk, Activation<A> activation,
     std::vector<A> high(low.size(), -std::numeric_limits<A>::infinity());
     for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard) {
       const int64_t at = shard * pattern.row + column;
-      range_row<T, A>(x + i, n, activation, &low[at], &high[at]);
+      at_level<range_row<T, A>>(x + i, n, activation, &low[at], &high[at]);
     });
     fold_pattern(walk, pattern, low, [&](int64_t c, A v) { total[c].low = std::min(total[c].low, v); });
     fold_pattern(walk, pattern, high, [&](int64_t c, A v) { total[c].high = std::max(total[c].high, v); });
   } else {
     std::vector<Range<A>> partial(walk.outer * walk.channels * walk.blocks_per_run());
     for_runs(walk, [&](int64_t i, int64_t n, int64_t, int64_t task) {
-      range_run<T, A>(x + i, n, activation, &partial[task]);
+      at_level<range_run<T, A>>(x + i, n, activation, &partial[task]);
     });
     fold_runs(walk, partial, [&](int64_t c, const Range<A>& v) { total[c].extend(v); });
   }
@@ -211,8 +232,8 @@ std::tuple<Tensor, Tensor, Tensor> weight(const Tensor& input, int64_t quant_min
     parallel_for(0, walk.channels, ceil_div(Walk::kBlock, std::max<int64_t>(n, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         Range<A> range;
-        range_run<T, A>(from + c * n, n, none, &range);
-        quantize_channel<T, A>(from + c * n, to + c * n, n, to_steps(grid_of(c, range), none));
+        at_level<range_run<T, A>>(from + c * n, n, none, &range);
+        at_level<quantize_channel<T, A>>(from + c * n, to + c * n, n, to_steps(grid_of(c, range), none));
       }
     });
   });
@@ -261,14 +282,19 @@ std::tuple<Tensor, Tensor, Tensor> observe(const Tensor& input, Tensor running_m
 }
 
 template <typename A>
-CLUSTERQ_CLONES double squared_error(const A* __restrict x, int64_t n, Steps<A> steps) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const double difference = double(fake_quantize(x[i], steps) - x[i]);
-    sum += difference * difference;
-  }
-  return sum;
+CLUSTERQ_INLINE void squared_error_one(A x, const Steps<A>& steps, double& sum) {
+  const double difference = double(fake_quantize(x, steps) - x);
+  sum += difference * difference;
+}
+
+template <typename A>
+CLUSTERQ_INLINE double squared_error(const A* x, int64_t n, Steps<A> steps) {
+  double sums[kPartial] = {};
+  int64_t i = 0;
+  for (; i + kPartial <= n; i += kPartial)
+    for (int j = 0; j < kPartial; ++j) squared_error_one(x[i + j], steps, sums[j]);
+  for (int j = 0; i < n; ++i, ++j) squared_error_one(x[i], steps, sums[j]);
+  return total_of(sums);
 }
 
 // Copies elements [start, start + n) of one channel; what is not finite becomes 0, which quantizes without error.
@@ -319,7 +345,8 @@ Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_point
           const A step = scale[m * walk.channels + c];
           const Grid<A> grid{step, A(1) / step, zero_point[m * walk.channels + c], static_cast<A>(quant_min),
                              static_cast<A>(quant_max)};
-          partial[task * candidates + m] = squared_error<A>(values.data(), n, to_steps(grid, activation_of<A>("none")));
+          partial[task * candidates + m] =
+              at_level<squared_error<A>>(values.data(), n, to_steps(grid, activation_of<A>("none")));
         }
       }
     });

@@ -53,7 +53,7 @@ Parameters<A> parameters_of(const Tensor& scale, const Tensor& zero_point, int64
 }
 
 inline void check_parameters(const Tensor& x, const Tensor& scale, const Tensor& zero_point) {
-  const ScalarType dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType dtype = compute_dtype(x.scalar_type());
   check_dtype(scale, dtype, "scale");
   check_dtype(zero_point, dtype, "zero_point");
   check_numel(zero_point, scale.numel(), "zero_point");

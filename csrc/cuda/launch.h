@@ -1,4 +1,4 @@
-// What every CUDA kernel file of ClusterQ needs: device and stream of a call, layouts, 16-byte packs, block sums.
+// What every CUDA kernel file of ClusterQ needs: device and stream of a call, 16-byte packs, block sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -13,7 +13,7 @@
 #include <optional>
 #include <string>
 
-#include "check.h"
+#include "layout.h"
 #include "numerics.h"
 
 namespace clusterq {
@@ -39,52 +39,14 @@ inline void check_device(const Tensor& tensor, const Tensor& x, const char* name
                   " must be on the device of the data");
 }
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-inline Tensor packed(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
-// x, or a contiguous copy where x leaves gaps in memory: `empty_like` keeps strides exactly when there are none.
-inline Tensor dense(const Tensor& x) {
-  return x.is_contiguous() || same_strides(torch::stable::empty_like(x), x) ? x : torch::stable::contiguous(x);
-}
-
-inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
-                  "grad must match x in shape and dtype");
-  for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(grad.size(d) == x.size(d), "grad must match x in shape and dtype");
-  if (same_strides(grad, x)) return grad;
-  Tensor copy = torch::stable::empty_like(x);
-  torch::stable::copy_(copy, grad);
-  return copy;
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline unsigned grid_size(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "the tensor needs more blocks than a launch can have");
   return static_cast<unsigned>(blocks);
 }
 
-// Calls `body` with a value of the element type and one of the arithmetic type.
 template <typename F>
 void for_floating(ScalarType dtype, const char* name, const F& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(float{}, float{});
-    case ScalarType::Double:
-      return body(double{}, double{});
-    case ScalarType::BFloat16:
-      return body(__nv_bfloat16{}, float{});
-    case ScalarType::Half:
-      return body(__half{}, float{});
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
+  clusterq::for_floating<__nv_bfloat16, __half>(dtype, name, body);
 }
 
 __device__ __forceinline__ float widen(float v) { return v; }

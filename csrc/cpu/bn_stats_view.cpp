@@ -1,0 +1,57 @@
+// Arguments of the bn_stats ops: layouts, shapes and dtypes.
+#include "cpu/bn_stats.h"
+
+namespace clusterq::bn_stats {
+namespace {
+
+bool is_dense(const Tensor& x, bool channels_innermost) {
+  const int64_t dims = x.dim();
+  int64_t expected = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    const int64_t axis = !channels_innermost || i == 0 ? i : i == dims - 1 ? 1 : i + 1;
+    if (x.size(axis) != 1 && x.stride(axis) != expected) return false;
+    expected *= x.size(axis);
+  }
+  return true;
+}
+
+}  // namespace
+
+View view(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x must be [N, C, *spatial]");
+  int64_t spatial = 1;
+  for (int64_t i = 2; i < x.dim(); ++i) spatial *= x.size(i);
+  const bool planes = is_dense(x, false), rows = !planes && x.dim() > 2 && is_dense(x, true);
+  return View{planes || rows ? x : packed(x), x.size(0), x.size(1), spatial, rows || spatial == 1};
+}
+
+Tensor in_order_of(const View& x, const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == x.tensor.scalar_type(), name, " must have the dtype of x");
+  check_same_sizes(tensor, x.tensor, name);
+  if (is_dense(tensor, x.rows && x.spatial != 1)) return tensor;
+  Tensor out = torch::stable::empty_like(x.tensor);
+  torch::stable::copy_(out, tensor);
+  return out;
+}
+
+Tensor empty_like(const View& x) { return torch::stable::empty_like(x.tensor); }
+
+ScalarType statistics_dtype(const View& x) { return compute_dtype(x.tensor.scalar_type()); }
+
+Tensor per_channel(const View& x, const Tensor& tensor, const char* name) {
+  check_dtype(tensor, statistics_dtype(x), name);
+  if (tensor.dim() == 1) {
+    check_sizes(tensor, {x.channels}, name);
+  } else {
+    check_sizes(tensor, {1, x.channels}, name);
+  }
+  return packed(tensor);
+}
+
+Tensor per_image(const View& x, const Tensor& tensor, const char* name) {
+  if (!has_sizes(tensor, {x.images, x.channels})) return per_channel(x, tensor, name);
+  check_dtype(tensor, statistics_dtype(x), name);
+  return packed(tensor);
+}
+
+}  // namespace clusterq::bn_stats

@@ -1,0 +1,65 @@
+"""Fake-quantize kernels give the same bits at every instruction set of this processor."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clusterq import ops
+from clusterq.testing import cpu_levels
+
+DIGEST = """
+import hashlib, torch
+import clusterq.ops
+op = torch.ops.clusterq
+torch.manual_seed(0)
+digest = hashlib.sha256()
+def put(*tensors):
+    for tensor in tensors:
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+for shape, axis in (((3, 20, 7, 7), 1), ((3, 5, 40, 41), 1), ((70, 9, 3, 3), 0), ((4, 33), 1), ((200001,), None)):
+    # Uniform: torch's own normal generator gives other values on other instruction sets.
+    base, cotangent = torch.rand(shape) * 9 - 4, torch.rand(shape)
+    channels = 1 if axis is None else shape[axis]
+    steps = torch.rand(5, channels) * 0.1 + 0.02
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        scale, zero = steps[0].to(wide), torch.full((channels,), 3.0, dtype=wide)
+        variants = [base.to(dtype)]
+        if len(shape) == 4:
+            variants.append(variants[0].to(memory_format=torch.channels_last))
+        for x in variants:
+            grad = cotangent.to(dtype)
+            for activation in ("none", "relu", "relu6"):
+                put(op.fake_quantize(x, scale, zero, 0, 15, axis, activation))
+                put(op.fake_quantize_backward(grad, x, scale, zero, 0, 15, axis, activation))
+                put(*op.fake_quantize_learned_backward(grad, x, scale, zero, 0, 15, axis, activation))
+            codes = op.quantize(x, scale, zero, 0, 255, axis)
+            put(codes, op.dequantize(codes, scale, zero, axis, dtype))
+            put(op.quantization_error(x, steps.to(wide), torch.full_like(steps, 3.0, dtype=wide), 0, 15, axis))
+            low, high = torch.full((channels,), torch.inf, dtype=wide), torch.full((channels,), -torch.inf, dtype=wide)
+            put(*op.observe_fake_quantize(x, low, high, 0, 15, 0.9, True, False, axis, "none"), low, high)
+            if axis is not None:
+                put(*op.fake_quantize_weight(x, -8, 7, axis, False))
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.skipif(
+    not any(row.op == "fake_quantize" and row.kernel == "cpp" for row in ops.backends()), reason="needs the C++ kernels"
+)
+def test_every_level_gives_the_same_bits():
+    digests = {
+        level: subprocess.run(
+            [sys.executable, "-c", DIGEST],
+            env={**os.environ, "CLUSTERQ_CPU_CAPABILITY": level},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=300,
+        ).stdout.strip()
+        for level in cpu_levels()
+    }
+    assert all(len(value) == 64 for value in digests.values())
+    assert len(set(digests.values())) == 1, digests
