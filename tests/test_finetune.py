@@ -18,7 +18,7 @@ from clusterq.qat.calibrate import calibrate
 from clusterq.qat.finetune import Finetuner, finetune, learning_rate, random_crop_and_flip
 from clusterq.qat.prepare import prepare
 
-CONFIG = FinetuneConfig(steps=8, batch_size=16, lr=1e-2, temperature=4.0)
+CONFIG = FinetuneConfig(steps=8, batch_size=16, lr=1e-2, temperature=4.0, scale_lr_factor=1.0, grad_clip=0.0)
 LOW = QuantizationConfig(weight_bits=3, activation_bits=3)
 
 
