@@ -220,7 +220,7 @@ class FinetuneConfig:
     momentum: Momentum = 0.9
     weight_decay: Weight = 1e-4
     schedule: Schedule = "cosine"
-    scale_lr_factor: Weight = 1.0
+    scale_lr_factor: Weight = 3.0
     ce_weight: Weight = 0.0
     kd_weight: Weight = 1.0
     temperature: Positive = 20.0
