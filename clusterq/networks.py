@@ -76,8 +76,8 @@ def resnet20(num_classes: int = 10) -> CifarResNet:
 class DigitsConvNet(nn.Module):
     """The demo's network: depthwise-separable blocks with BatchNorm, [N, 1, 16, 16] -> [N, 10].
 
-    Depthwise filters of few weights and a wide spread of channel ranges make it lose most of its accuracy when its
-    numbers are merely rounded to 4 or 3 bits.
+    Depthwise filters of few weights and channels of very different range (see examples/train_digits.py) make it lose
+    much of its accuracy when its numbers are merely rounded to 4 or 3 bits.
 
     Args:
         widths: output channels of the stem and of each block. The stem halves height and width, and so does each block

@@ -51,7 +51,7 @@ def test_gap_opens_by_rounding_and_closes_by_the_method(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     full = result["float"]["top1"]
     assert [row["bits"] for row in result["widths"]] == ["W4A4", "W3A3"]
-    for row, least_gap, closed in zip(result["widths"], (2, 15), (0.3, 0.5), strict=True):
+    for row, least_gap, closed in zip(result["widths"], (10, 40), (0.6, 0.6), strict=True):
         rounded, quantized = row["rounded_minmax"]["top1"], row["clusterq"]["top1"]
         assert full - rounded > least_gap, row["bits"]
         assert quantized - rounded > closed * (full - rounded), (row["bits"], rounded, quantized, full)
