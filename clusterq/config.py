@@ -87,6 +87,8 @@ class QuantizationConfig:
             EMA range.
         gradient: straight-through estimator of the not-learned quantizers.
         weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range.
+        correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
+            neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
         range_steps: training forwards after which EMA ranges are frozen.
     """
@@ -102,6 +104,7 @@ class QuantizationConfig:
     gradient: Gradient = "clipped"
     weight_symmetric: bool = False
     activation_symmetric: bool = False
+    correct_batch_norm: bool = True
     range_momentum: Momentum = 0.9
     range_steps: Steps = 800
 
@@ -344,6 +347,7 @@ def preset(name: str) -> ClusterQConfig:
         gradient="pass_through",
         weight_symmetric=paper,
         activation_symmetric=paper,
+        correct_batch_norm=False,
     )
     synthesis = SynthesisConfig(
         source="generator",

@@ -19,6 +19,7 @@ _OTHERS = "#d3dae2"
 BARS = {
     "rounded_minmax": ("rounded, min/max ranges", "#c9d1da"),
     "rounded_mse": ("rounded, MSE ranges", "#8fa3b8"),
+    "calibrated": ("calibrated, not trained", "#7cc0d4"),
     "clusterq": ("ClusterQ", "#0b6e99"),
 }
 _LINES = ("#0b6e99", "#d1495b", "#3a8f5c", "#8a5fb0", "#b07d2b", "#4a5563")
@@ -137,13 +138,13 @@ def _displayable(image: Tensor) -> Tensor:
 
 def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
     rows = result["widths"]
-    figure, axes = _figure(1, 1, max(1.9 * len(rows) + 1.6, 4.2), 3.2)
+    figure, axes = _figure(1, 1, max(2.2 * len(rows) + 1.6, 4.6), 3.2)
     plot = axes[0]
     full = result["float"]["top1"]
     for index, (key, (name, colour)) in enumerate(BARS.items()):
         heights = [row[key]["top1"] for row in rows]
-        places = [i + 0.27 * (index - 1) for i in range(len(rows))]
-        bars = plot.bar(places, heights, width=0.25, color=colour, label=name, zorder=2)
+        places = [i + 0.21 * (index - (len(BARS) - 1) / 2) for i in range(len(rows))]
+        bars = plot.bar(places, heights, width=0.195, color=colour, label=name, zorder=2)
         for bar, height in zip(bars, heights, strict=True):
             # Inside the bar where there is room: above it, the number would meet the line of FP32.
             inside = height > 12
@@ -154,7 +155,7 @@ def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
                 textcoords="offset points",
                 ha="center",
                 va="top" if inside else "bottom",
-                fontsize=8.5,
+                fontsize=8,
                 fontweight="bold" if key == "clusterq" else "normal",
                 color="white" if inside and key == "clusterq" else INK,
                 zorder=4,
@@ -173,11 +174,11 @@ def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
     plot.set_xticks(range(len(rows)), [row["bits"] for row in rows], fontsize=10, color=INK)
     plot.tick_params(axis="x", length=0)
     highest = max(full, *(row[key]["top1"] for row in rows for key in BARS))
-    plot.set_ylim(0, 104 if highest > 60 else 1.1 * highest)
+    plot.set_ylim(0, 104 if highest > 60 else max(1.1 * highest, 1.0))
     plot.set_xlim(-0.55, len(rows) - 0.45)
     plot.set_ylabel("top-1 accuracy, %", color=MUTED, fontsize=9)
     plot.grid(axis="y", color=GRID, zorder=0)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
 
 

@@ -173,7 +173,7 @@ class ClusterQ:
         return source
 
     def calibrate(self, quantization: QuantizationConfig | None = None) -> nn.Module:
-        """A student with ranges set on the images and no training: what rounding alone costs.
+        """A student with ranges set and BatchNorm corrected on the images, no training.
 
         Args:
             quantization: widths and quantizers; None: those of the configuration.
@@ -195,7 +195,7 @@ class ClusterQ:
             qat.calibrate(student, images[:count].detach(), quantization)
         return student.eval()
 
-    def finetune(self, quantization: QuantizationConfig | None = None) -> Result:
+    def finetune(self, quantization: QuantizationConfig | None = None, *, student: nn.Module | None = None) -> Result:
         """Calibrate and train a student on the images, which are made first if they are not there yet.
 
         May be called again with other widths: the images are the same, those of a streaming generator too. Warns
@@ -203,14 +203,15 @@ class ClusterQ:
 
         Args:
             quantization: widths and quantizers; None: those of the configuration.
+            student: what `calibrate` gave for the same quantization, trained in place; None: calibrate one.
 
         Raises:
             DivergenceError: a loss became NaN or infinite.
         """
         config = self.config if quantization is None else replace(self.config, quantization=quantization)
-        student = self.calibrate(config.quantization)
-        source = self.source
-        assert source is not None
+        if student is None:
+            student = self.calibrate(config.quantization)
+        source = self._rewound_source()
         finetune = config.finetune
         with self._phase("finetune") as (progress, on_step):
             metrics = qat.finetune(

@@ -39,6 +39,13 @@ details summary { cursor: pointer; color: #0b6e99; }
 li { margin: .25rem 0; }
 """
 
+# Students in a row of results, from the plainest on: key in `result.json` -> heading.
+COLUMNS = {
+    "rounded_minmax": "rounded min/max",
+    "rounded_mse": "rounded MSE",
+    "calibrated": "calibrated",
+    "clusterq": "ClusterQ",
+}
 _RANGES = {"minmax": "ranges between the extreme values", "mse": "ranges of least squared error"}
 
 LIMITS = (
@@ -52,18 +59,10 @@ LIMITS = (
 
 def table(result: Mapping[str, Any]) -> str:
     """The accuracies as aligned plain text, a few lines."""
-    rows = [["", "FP32", "rounded min/max", "rounded MSE", "ClusterQ", "time"]]
+    rows = [["", "FP32", *COLUMNS.values(), "time"]]
     for row in result["widths"]:
-        rows.append(
-            [
-                row["bits"],
-                _percent(result["float"]),
-                _percent(row["rounded_minmax"]),
-                _percent(row["rounded_mse"]),
-                _percent(row["clusterq"]),
-                f"{row['finetune_seconds']:.0f} s",
-            ]
-        )
+        accuracies = [_percent(row[key]) for key in COLUMNS]
+        rows.append([row["bits"], _percent(result["float"]), *accuracies, f"{row['student_seconds']:.0f} s"])
     widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in rows]
     lines.insert(1, "  ".join("-" * w for w in widths))
@@ -83,12 +82,14 @@ def summary(result: Mapping[str, Any]) -> str:
 
 def baselines(result: Mapping[str, Any]) -> list[str]:
     """One sentence per kind of rounding without training: what its column means."""
-    names = {"rounded_minmax": "Rounded min/max", "rounded_mse": "Rounded MSE"}
-    return [
-        f"{names[key]}: no training, {_RANGES[base['ranges']]} from {base['calibration_images']} of the images; "
-        f"weights {base['weights']}; activations {base['activations']}. The same for every preset."
-        for key, base in result["baselines"].items()
-    ]
+    lines = []
+    for key, base in result["baselines"].items():
+        name = COLUMNS[key][0].upper() + COLUMNS[key][1:]
+        lines.append(
+            f"{name}: no training, {_RANGES[base['ranges']]} from {base['calibration_images']} of the images; "
+            f"weights {base['weights']}; activations {base['activations']}. The same for every preset."
+        )
+    return [*lines, "Calibrated: the student of this run before its first training step."]
 
 
 def write_html(path: Path, result: Mapping[str, Any], figures: Mapping[str, str]) -> None:
@@ -129,18 +130,15 @@ def write_html(path: Path, result: Mapping[str, Any], figures: Mapping[str, str]
 
 
 def _accuracies(result: Mapping[str, Any]) -> str:
-    head = "".join(
-        f"<th>{name}</th>" for name in ("", "FP32", "rounded,<br>min/max", "rounded,<br>MSE", "ClusterQ", "time")
-    )
+    names = [name.replace("rounded ", "rounded,<br>") for name in COLUMNS.values()]
+    head = "".join(f"<th>{name}</th>" for name in ("", "FP32", *names, "time"))
     lines = []
     for row in result["widths"]:
         cells = [
             f"<td>{_text(row['bits'])}</td>",
             f"<td>{_percent(result['float'])}</td>",
-            f"<td>{_percent(row['rounded_minmax'])}</td>",
-            f"<td>{_percent(row['rounded_mse'])}</td>",
-            f"<td class='best'>{_percent(row['clusterq'])}</td>",
-            f"<td>{row['finetune_seconds']:.0f} s</td>",
+            *(f"<td{' class=best' if key == 'clusterq' else ''}>{_percent(row[key])}</td>" for key in COLUMNS),
+            f"<td>{row['student_seconds']:.0f} s</td>",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class='scroll'><table><tr>{head}</tr>{''.join(lines)}</table></div>"

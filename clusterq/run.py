@@ -172,10 +172,12 @@ class _Run:
                 asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False)
                 student = qat.round_only(self.loaded.model, asymmetric, self.calibration_images, ranges)
             row[name] = self.measure(student, f"{width} {ranges}")
-        start = time.perf_counter()
-        result = self.method.finetune(quantization)
-        row["finetune_seconds"] = time.perf_counter() - start
-        self.seconds["finetune"] = self.seconds.get("finetune", 0.0) + row["finetune_seconds"]
+        with self.timed("calibration"):
+            student = self.method.calibrate(quantization)
+        row["calibrated"] = self.measure(student, f"{width} calibrated")
+        with self.timed("finetune"):
+            result = self.method.finetune(quantization, student=student)
+        row["student_seconds"] = result.seconds["calibration"] + result.seconds["finetune"]
         row["clusterq"] = self.measure(result.student, f"{width} ClusterQ")
         row["samples_seen"] = result.samples_seen
         row["label_accuracy"] = 100 * result.label_accuracy

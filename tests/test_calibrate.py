@@ -26,17 +26,26 @@ def images(count: int = 8) -> torch.Tensor:
     return torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def test_ranges_follow_inputs_that_are_quantized_already() -> None:
-    student = prepare(network(), replace(CONFIG, activation_bits=2, weight_bits=2))
+def test_ranges_are_those_of_the_network_in_floating_point() -> None:
+    model = network()
+    student = prepare(model, replace(CONFIG, activation_bits=2, weight_bits=2))
     x = images()
     calibrate(student, x, replace(CONFIG, activation_range="minmax"))
     with torch.no_grad():
-        first = student[:2](x).relu()
-        assert student[2].qparams()[0].item() == pytest.approx(first.max().item() / 3)
-        second = student[3](student[:3](x)).relu()
-        assert student[4].qparams()[0].item() == pytest.approx(second.max().item() / 3)
-        in_float = student[3](first).relu()
-    assert in_float.max() != second.max()
+        for index in (2, 4):
+            highest = model[: index + 1](x).max().item()
+            assert student[index].qparams()[0].item() == pytest.approx(highest / 3)
+        assert student[:4](x).relu().max() != pytest.approx(model[:4](x).relu().max().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_batch_norm_is_corrected_where_the_settings_say_so(corrected: bool) -> None:
+    model = network()
+    student = prepare(model, CONFIG)
+    calibrate(student, images(), replace(CONFIG, correct_batch_norm=corrected))
+    same = torch.equal(student[1].running_var, model[1].running_var)
+    assert same is not corrected
+    assert student[0].weight_quantizer.enabled and student[6].weight_quantizer.enabled
 
 
 def test_min_max_over_batches_spans_all_images() -> None:
@@ -64,11 +73,12 @@ def test_settings_default_to_those_of_the_preparation() -> None:
 
 def test_moving_ranges_start_from_the_extremes_and_then_move() -> None:
     settings = replace(CONFIG, learned_scale=False, activation_range="ema")
-    student = prepare(network(), settings)
+    model = network()
+    student = prepare(model, settings)
     x = images()
     calibrate(student, x)
     with torch.no_grad():
-        highest = student[:2](x).max().item()
+        highest = model[:2](x).max().item()
         assert student[2].running_max.item() == pytest.approx(highest)
         student.train()(2 * x)
         batch = student[:2](2 * x).max().item()

@@ -207,9 +207,10 @@ def test_baselines_are_the_same_for_every_preset(place: Path, monkeypatch: pytes
     for name in ("default", "paper", "gdfq"):
         assert _quantize("--images", "images.safetensors", "--overwrite", "--bits", "W3A3", "--preset", name) == 0
         described.append(json.loads((place / "out" / "result.json").read_text())["baselines"])
-    assert len(measured) == 12
+    # FP32, both roundings, calibrated, trained.
+    assert len(measured) == 15
     for call in (1, 2):
-        runs = [measured[4 * index + call] for index in range(3)]
+        runs = [measured[5 * index + call] for index in range(3)]
         assert [symmetric for symmetric, _ in runs] == [False] * 3
         assert all(torch.equal(output, runs[0][1]) for _, output in runs)
     assert not torch.equal(measured[1][1], measured[2][1])

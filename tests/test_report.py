@@ -61,8 +61,9 @@ RESULT: dict[str, Any] = {
             "layer_bits": {},
             "rounded_minmax": {"top1": 41.5, "top5": None},
             "rounded_mse": {"top1": 55.75, "top5": None},
+            "calibrated": {"top1": 83.25, "top5": None},
             "clusterq": {"top1": 97.125, "top5": None},
-            "finetune_seconds": 12.3,
+            "student_seconds": 12.3,
             "samples_seen": {"synthesis": 3000, "finetune": 4000},
             "label_accuracy": 96.5,
             "layers": [],
@@ -185,7 +186,18 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     for link, name in zip(page.links, names, strict=True):
         assert base64.b64decode(link.split(",", 1)[1]) == (tmp_path / name).read_bytes()
     assert "width=device-width" in text
-    for expected in ("98.25", "41.50", "55.75", "97.12", "W3A3", "ab" * 32, "cd" * 32, "Test CPU", "torch 2.99.0"):
+    for expected in (
+        "98.25",
+        "41.50",
+        "55.75",
+        "83.25",
+        "97.12",
+        "W3A3",
+        "ab" * 32,
+        "cd" * 32,
+        "Test CPU",
+        "torch 2.99.0",
+    ):
         assert expected in page.text, expected
     for expected in ("first layer 8 bit", "default, 11", "100 of 400", "head (a note)", "3,000 in synthesis"):
         assert expected in page.text, expected
@@ -203,8 +215,8 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
 
 def test_table_is_aligned_and_rounds() -> None:
     lines = report.table(RESULT).splitlines()
-    assert lines[0].split() == ["FP32", "rounded", "min/max", "rounded", "MSE", "ClusterQ", "time"]
-    assert lines[2].split() == ["W4A4", "98.25", "41.50", "55.75", "97.12", "12", "s"]
+    assert lines[0].split() == ["FP32", "rounded", "min/max", "rounded", "MSE", "calibrated", "ClusterQ", "time"]
+    assert lines[2].split() == ["W4A4", "98.25", "41.50", "55.75", "83.25", "97.12", "12", "s"]
     ends = [line.rindex(value) + len(value) for line, value in zip(lines[2:], ("97.12", "97.12"), strict=True)]
     assert set(ends) == {lines[0].rindex("ClusterQ") + len("ClusterQ")}
 
@@ -213,8 +225,8 @@ def test_table_without_measurements() -> None:
     result = copy.deepcopy(RESULT)
     result["float"] = None
     for row in result["widths"]:
-        row["rounded_minmax"] = row["rounded_mse"] = row["clusterq"] = None
-    assert report.table(result).splitlines()[2].split() == ["W4A4", "-", "-", "-", "-", "12", "s"]
+        row["rounded_minmax"] = row["rounded_mse"] = row["calibrated"] = row["clusterq"] = None
+    assert report.table(result).splitlines()[2].split() == ["W4A4", "-", "-", "-", "-", "-", "12", "s"]
     result["data"] = None
     assert "no evaluation set" in report.summary(result)
 

@@ -137,10 +137,11 @@ class ActivationQuantizer(nn.Module):
             return _activate(x, self.activation)
         if self.calibration is not None:
             self._calibrate(x, self.calibration)
-        elif self._observed == 0 and self.mode != "ema" and self.training:
+            return _activate(x, self.activation)
+        if self._observed == 0 and self.mode != "ema" and self.training:
             self._calibrate(x, "minmax")
         if self.mode == "ema":
-            observe = self.training and self.calibration is None and self._observed < self.range_steps
+            observe = self.training and self._observed < self.range_steps
             if observe:
                 self._count()
             elif self._observed == 0:
@@ -187,7 +188,7 @@ class ActivationQuantizer(nn.Module):
 
     @contextmanager
     def calibrating(self, method: ActivationRange | None = None) -> Iterator[None]:
-        """Within this context each forward sets the range from its input and then quantizes with it.
+        """Within this context each forward sets the range from its input and passes it on in floating point.
 
         `method` None means the quantizer's own. `"mse"` takes the range of least squared error, averaged over the
         forwards; `"minmax"` (and `"ema"`, the same here) the extreme values over all of them. Mode ema always takes
