@@ -38,7 +38,7 @@ format: .venv/.dev
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' | xargs $(BIN)/clang-format -i
 
 bench: .venv/.installed
-	for suite in bench/bench_*.py; do $(BIN)/python $$suite || exit 1; done
+	$(BIN)/python bench/report.py
 
 build: .venv/.installed
 	$(BIN)/python setup.py -q build_ext --inplace

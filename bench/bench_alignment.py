@@ -1,36 +1,35 @@
 """Cost of the whole alignment loss on the teacher: forward and backward to the images, with it and without it.
 
-    python bench/bench_alignment.py [--batch 128] [--threads 2] [--repeats 15] [--json FILE]
+    python bench/bench_alignment.py [--threads 2] [--repeats 15] [--quick] [--json FILE]
+    pytest bench/bench_alignment.py --benchmark-only
 
-ResNet-20 on 32x32 images. `plain` is the same network with ordinary BatchNorm in evaluation mode and cross-entropy
-alone; the others add BN alignment, class alignment and diversity enhancement with the moving average of the centroids:
+ResNet-20 on 32x32 images, float32. `plain` is the same network with ordinary BatchNorm in evaluation mode and
+cross-entropy alone; the others add BN alignment, class alignment and diversity enhancement with the moving average of
+the centroids:
 
 - `clusterq`: `SynthesisObjective`, statistics from the fused BatchNorm.
 - `hooks`: forward hooks that keep the BatchNorm inputs, mean and variance by torch, one-hot products per layer.
 - `loops`: the published arrangement: hooks, batch statistics, a Python loop over samples and layers.
 
-The variants take turns within one process; a figure is the median over the rounds, a ratio that of the medians. On a
-machine that does other work a figure of 2 threads is the wait for the slower one: compare with `--threads 1`.
+On a machine that does other work a figure of 2 threads is the wait for the slower one: compare with `--threads 1`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import platform
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import Bar, Case, main
 from torch import Tensor, nn
 
 from clusterq.config import SynthesisConfig
 from clusterq.networks import resnet20
 from clusterq.synthesis import SynthesisObjective, Teacher, semantic_start
-from clusterq.testing import interleave
 
 CLASSES = 10
 CONFIG = SynthesisConfig(
@@ -46,7 +45,7 @@ def build_network() -> nn.Module:
     network.train()
     with torch.no_grad():
         for _ in range(3):
-            network(torch.randn(64, 3, 32, 32))
+            network(torch.randn(16, 3, 32, 32))
     return network.eval().requires_grad_(False)
 
 
@@ -148,19 +147,6 @@ def loops_step(network: nn.Module) -> Step:
     return step
 
 
-def build_steps(batch: int) -> tuple[dict[str, Step], Tensor, Tensor]:
-    network = build_network()
-    images = torch.randn(batch, 3, 32, 32, requires_grad=True)
-    labels = torch.arange(batch) % CLASSES
-    steps = {
-        "plain": plain_step(network),
-        "clusterq": clusterq_step(network, images, labels),
-        "hooks": hooks_step(network),
-        "loops": loops_step(network),
-    }
-    return steps, images, labels
-
-
 def check(network: nn.Module, images: Tensor) -> None:
     """The fused statistics and the hooked ones must give the same BN alignment before anything is timed."""
     hooked = Hooked(network)
@@ -170,57 +156,39 @@ def check(network: nn.Module, images: Tensor) -> None:
     torch.testing.assert_close(ours, hooked.bns(), rtol=1e-3, atol=1e-3)
 
 
-def measure(batch: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of every variant and its ratio to `plain`."""
-    steps, images, labels = build_steps(batch)
-    check(build_network(), images)
-
-    def call(step: Step) -> Callable[[], None]:
-        def run() -> None:
-            images.grad = None
-            step(images, labels)
-
-        return run
-
-    timings = interleave({name: call(step) for name, step in steps.items()}, rounds=repeats, warmup=2)
-    return {
-        name: {"ms": 1e3 * timing.median, "ratio": timing.median / timings["plain"].median}
-        for name, timing in timings.items()
+def teacher_case(batch: int) -> Case:
+    network = build_network()
+    images = torch.randn(batch, 3, 32, 32, requires_grad=True)
+    labels = torch.arange(batch) % CLASSES
+    check(network, images)
+    steps = {
+        "clusterq": clusterq_step(network, images, labels),
+        "plain": plain_step(network),
+        "hooks": hooks_step(network),
+        "loops": loops_step(network),
     }
 
+    def call(step: Step) -> None:
+        images.grad = None
+        step(images, labels)
 
-@pytest.mark.parametrize("variant", ["plain", "clusterq", "hooks", "loops"])
-def test_teacher_step(benchmark, variant):
-    """One variant under pytest-benchmark; compare within one run."""
-    steps, images, labels = build_steps(32)
-    benchmark.pedantic(steps[variant], (images, labels), rounds=5, warmup_rounds=1)
+    return Case(
+        "teacher forward and backward, ResNet-20",
+        f"batch {batch}",
+        {name: partial(call, step) for name, step in steps.items()},
+        bar=Bar("plain", 1.4, "at most x of the time"),
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    results = measure(arguments.batch, arguments.repeats)
-    print(f"teacher forward + backward, ResNet-20, batch {arguments.batch}, float32, {arguments.threads} threads")
-    print(f"{'variant':10} {'ms':>9} {'ratio':>7}")
-    for name, row in results.items():
-        print(f"{name:10} {row['ms']:9.1f} {row['ratio']:7.2f}")
-    if arguments.json is not None:
-        record = {
-            "bench": "alignment",
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "batch": arguments.batch,
-            "threads": arguments.threads,
-            "repeats": arguments.repeats,
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+def cases(quick: bool) -> Iterator[Case]:
+    yield teacher_case(10 if quick else 128)
+
+
+@pytest.mark.parametrize("contestant", ["clusterq", "plain", "hooks", "loops"])
+def test_teacher_step(benchmark: Any, contestant: str) -> None:
+    teacher_case(32).benchmark(benchmark, contestant)
 
 
 if __name__ == "__main__":
-    main()
+    ops = ("batch_norm_instance_statistics", "batch_norm_statistics_backward")
+    main("alignment", __doc__, cases, ops=ops, repeats=15)

@@ -1,43 +1,38 @@
 """Nearest-centroid search and the moving-average step against PyTorch, label errors against float64 beside every time.
 
-    python bench/bench_centroids.py [--threads 2] [--rounds 7] [--quick] [--json FILE]
+    python bench/bench_centroids.py [--threads 2] [--repeats 7] [--quick] [--json FILE]
+    pytest bench/bench_centroids.py --benchmark-only
 
 Peers: `cdist` is `torch.cdist(x, c).argmin(1)`; `addmm` is `(|c|^2 / 2 - x c^T).argmin(1)` in blocks of 8192 rows; the
-step `index_add` is the `cdist` search followed by `index_add_`, `bincount` and the average of the centroids. Each round
-times all variants in turn within one process; a figure is the median over the rounds, a ratio that of the medians
-(above 1: clusterq is faster). Before anything is timed, the labels are compared with a direct float64 search on up to
-4096 rows, and one wrong label from clusterq ends the run.
+step `index_add` is the `cdist` search followed by `index_add_`, `bincount` and the average of the centroids. Before
+anything is timed, the labels are compared with a direct float64 search on up to 4096 rows, and one wrong label from
+clusterq ends the run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from harness import Bar, Case, main
 from torch import Tensor
 
 from clusterq import ops
-from clusterq.testing import interleave
 
 # (N, D, K)
 SHAPES = ((65536, 64, 512), (131072, 16, 256), (16384, 256, 1024), (65536, 64, 10))
-QUICK = ((8192, 64, 512), (8192, 16, 10))
-STEP = (65536, 64, 512)
+QUICK = ((4096, 64, 128), (4096, 16, 10))
 DECAY = 0.99
 CHECKED = 4096
 
 
-def data(name: str, rows: int, dim: int, clusters: int) -> tuple[Tensor, Tensor]:
+def data(kind: str, rows: int, dim: int, clusters: int) -> tuple[Tensor, Tensor]:
     """x [N, D] and centroids [K, D], float32: N(0, 1), or N(8, 1) for `offset`, where expanded squares lose digits."""
     generator = torch.Generator().manual_seed(0)
-    shift = 8.0 if name == "offset" else 0.0
+    shift = 8.0 if kind == "offset" else 0.0
     x = torch.randn(rows, dim, generator=generator) + shift
     return x, torch.randn(clusters, dim, generator=generator) + shift
 
@@ -79,8 +74,15 @@ def step_index_add(x: Tensor, centroids: Tensor, size: Tensor) -> None:
 STEPS = {"clusterq": step_clusterq, "index_add": step_index_add}
 
 
-def wrong_labels(search: Callable[[Tensor, Tensor], Tensor], x: Tensor, centroids: Tensor, truth: Tensor) -> int:
-    return int((search(x, centroids)[: len(truth)] != truth).sum())
+def search_case(kind: str, rows: int, dim: int, clusters: int, bar: Bar | None = None) -> Case:
+    x, centroids = data(kind, rows, dim, clusters)
+    truth = search_float64(x[:CHECKED], centroids)
+    wrong = {name: int((search(x, centroids)[:CHECKED] != truth).sum()) for name, search in SEARCHES.items()}
+    if wrong["clusterq"]:
+        raise SystemExit(f"clusterq gave {wrong['clusterq']} wrong labels of {len(truth)}")
+    note = f"wrong labels of {len(truth)}: " + ", ".join(f"{name} {errors}" for name, errors in wrong.items())
+    contestants = {name: partial(search, x, centroids) for name, search in SEARCHES.items()}
+    return Case(f"search, {kind} data", f"N={rows} D={dim} K={clusters}", contestants, bar, note)
 
 
 def check_step() -> None:
@@ -95,65 +97,26 @@ def check_step() -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-def report(functions: dict[str, Callable[[], Any]], wrong: dict[str, str], rounds: int) -> list[dict[str, Any]]:
-    timings = interleave(functions, rounds=rounds)
-    rows = []
-    for name, timing in timings.items():
-        ratio = timing.median / timings["clusterq"].median
-        rows.append({"name": name, "ms": timing.milliseconds, "ratio": ratio, "wrong": wrong.get(name, "")})
-        print(f"  {name:<10} {timing.milliseconds:10.2f} ms   {ratio:6.2f}x   {wrong.get(name, '')}")
-    return rows
-
-
-@pytest.mark.parametrize("name", list(SEARCHES))
-def test_search(benchmark, name):
-    """One search under pytest-benchmark; compare within one run."""
-    x, centroids = data("normal", 8192, 64, 512)
-    benchmark.pedantic(SEARCHES[name], (x, centroids), rounds=5, warmup_rounds=1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="small shapes, a few seconds")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    kernel = next(b.kernel for b in ops.backends() if b.op == "nearest_centroid" and b.device == "cpu")
-    level = os.environ.get("CLUSTERQ_CPU_CAPABILITY", torch.backends.cpu.get_cpu_capability().lower())
-    print(f"torch {torch.__version__}, {arguments.threads} threads, kernel {kernel}, {level}, float32")
-    results: dict[str, Any] = {
-        "torch": torch.__version__,
-        "threads": arguments.threads,
-        "kernel": kernel,
-        "level": level,
-        "machine": platform.processor() or platform.machine(),
-        "rounds": arguments.rounds,
-    }
-    for kind in ("normal", "offset"):
-        for rows, dim, clusters in QUICK if arguments.quick else SHAPES:
-            x, centroids = data(kind, rows, dim, clusters)
-            truth = search_float64(x[:CHECKED], centroids)
-            counts = {name: wrong_labels(f, x, centroids, truth) for name, f in SEARCHES.items()}
-            if counts["clusterq"]:
-                raise SystemExit(f"clusterq gave {counts['clusterq']} wrong labels of {len(truth)}")
-            key = f"{kind} N={rows} D={dim} K={clusters}"
-            print(f"{key} (wrong labels of {len(truth)})")
-            functions = {name: lambda f=f, x=x, c=centroids: f(x, c) for name, f in SEARCHES.items()}
-            wrong = {name: f"{count} wrong" for name, count in counts.items()}
-            results[key] = report(functions, wrong, arguments.rounds)
+def step_case(rows: int, dim: int, clusters: int) -> Case:
     check_step()
-    rows, dim, clusters = QUICK[0] if arguments.quick else STEP
     x, centroids = data("normal", rows, dim, clusters)
-    states = {name: (centroids.clone(), torch.zeros(clusters)) for name in STEPS}
-    key = f"search and average N={rows} D={dim} K={clusters}"
-    print(key)
-    steps = {name: lambda f=f, s=states[name], x=x: f(x, *s) for name, f in STEPS.items()}
-    results[key] = report(steps, {}, arguments.rounds)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+    contestants = {name: partial(step, x, centroids.clone(), torch.zeros(clusters)) for name, step in STEPS.items()}
+    return Case("search and average", f"N={rows} D={dim} K={clusters}", contestants)
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    shapes = QUICK if quick else SHAPES
+    for kind in ("normal", "offset"):
+        for shape in shapes:
+            promised = kind == "normal" and shape == shapes[0]
+            yield search_case(kind, *shape, bar=Bar("cdist", 4.0) if promised else None)
+    yield step_case(*shapes[0])
+
+
+@pytest.mark.parametrize("contestant", list(SEARCHES))
+def test_search(benchmark: Any, contestant: str) -> None:
+    search_case("normal", 8192, 64, 512).benchmark(benchmark, contestant)
 
 
 if __name__ == "__main__":
-    main()
+    main("centroids", __doc__, cases, ops=("nearest_centroid", "assign_and_update_"), repeats=7)

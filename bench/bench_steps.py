@@ -1,47 +1,46 @@
 """Cost of the quantization-aware training step against training the network in floating point.
 
-    python bench/bench_steps.py [--batch 128] [--threads 2] [--rounds 15] [--json FILE]
+    python bench/bench_steps.py [--threads 2] [--repeats 15] [--quick] [--json FILE]
+    pytest bench/bench_steps.py --benchmark-only
 
 ResNet-20 on 32x32 images, W4A4, float32: student forward, distillation loss to stored teacher logits, backward, SGD
 step. `float` is the same network with frozen BatchNorm statistics, the same loss and the same optimizer.
 
-- `clusterq`: `clusterq.prepare`, learned steps (the default), activation and quantization fused.
-- `clusterq moving range`: the same with activation ranges as moving averages and live weight ranges.
-- `eager`: the same quantization written with torch's round and clamp (LSQ).
-- `torch.ao`: `FusedMovingAvgObsFakeQuantize` for activations and per-channel weights.
-
-The variants take turns within one process; figures are medians over the rounds, and ratios the medians of the ratios to
-`float` within each round.
+- `clusterq`: `clusterq.prepare` with the quantization of preset `default`: asymmetric weights, learned steps,
+  activation and quantization fused.
+- `clusterq symmetric weights`: the same with zero point 0 for the weights.
+- `clusterq moving range`: activation ranges as moving averages and live weight ranges, nothing learned.
+- `eager`: the quantization of `clusterq` written with torch's round and clamp (LSQ).
+- `torch.ao`: `FusedMovingAvgObsFakeQuantize` for activations and per-channel weights, the counterpart of the moving
+  range.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
-import json
 import math
-import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from harness import Bar, Call, Case, main
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clusterq.config import QuantizationConfig
+from clusterq.config import preset
 from clusterq.networks import resnet20
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from clusterq.qat import calibrate, distillation_loss, freeze_batch_norm_statistics, prepare
 
-LEARNED = QuantizationConfig(weight_range="minmax", activation_range="minmax", weight_symmetric=True)
-MOVING = QuantizationConfig(learned_scale=False, weight_range="minmax", activation_range="ema", gradient="pass_through")
+DEFAULT = preset("default").quantization
+SYMMETRIC = replace(DEFAULT, weight_symmetric=True)
+MOVING = replace(DEFAULT, learned_scale=False, weight_range="minmax", activation_range="ema", gradient="pass_through")
 TEMPERATURE = 20.0
-Step = Callable[[], Tensor]
+OURS = ("clusterq", "clusterq symmetric weights", "clusterq moving range")
 
 
 class _Round(torch.autograd.Function):
@@ -56,31 +55,25 @@ class _Round(torch.autograd.Function):
         return grad
 
 
-def _eager_fake_quantize(x: Tensor, scale: Tensor, low: int, high: int, sharing: int) -> Tensor:
-    """LSQ in torch's own ops; gradient scaling by a detached difference."""
-    factor = 1.0 / math.sqrt(sharing * high)
-    step = (scale - scale * factor).detach() + scale * factor
-    # Codes at the bounds still pass the gradient, so the clamp sits just inside the next tie.
-    return _Round.apply((x / step).clamp(low - 0.49, high + 0.49)) * step
+class EagerQuantizer(nn.Module):
+    """LSQ in torch's own ops, per channel for weights, per tensor behind ReLU: counterpart of a learned quantizer."""
 
-
-class EagerActivation(nn.Module):
-    def __init__(self, quantizer: ActivationQuantizer) -> None:
+    def __init__(self, quantizer: ActivationQuantizer | WeightQuantizer) -> None:
         super().__init__()
-        self.scale, self.high = quantizer.scale, quantizer.quant_max
+        self.relu = isinstance(quantizer, ActivationQuantizer)
+        self.scale, self.quant_max = quantizer.scale, quantizer.quant_max
+        # Values that round to an outermost code still pass the gradient, so the clamp sits just inside the next tie.
+        low, high = (code - quantizer.zero_point.float() for code in (quantizer.quant_min, quantizer.quant_max))
+        self.register_buffer("low", torch.nextafter(low - 0.5, high))
+        self.register_buffer("high", torch.nextafter(high + 0.5, low))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _eager_fake_quantize(functional.relu(x), self.scale, 0, self.high, x[:1].numel())
-
-
-class EagerWeight(nn.Module):
-    def __init__(self, quantizer: WeightQuantizer) -> None:
-        super().__init__()
-        self.scale, self.low, self.high = quantizer.scale, quantizer.quant_min, quantizer.quant_max
-
-    def forward(self, weight: Tensor) -> Tensor:
-        scale = self.scale.view(-1, *[1] * (weight.dim() - 1))
-        return _eager_fake_quantize(weight, scale, self.low, self.high, weight[:1].numel())
+        if self.relu:
+            x = functional.relu(x)
+        scale, low, high = (t.view(-1, *[1] * (x.dim() - 1)) for t in (self.scale, self.low, self.high))
+        factor = 1.0 / math.sqrt(x[:1].numel() * self.quant_max)
+        step = (scale - scale * factor).detach() + scale * factor
+        return _Round.apply((x / step).clamp(low, high)) * step
 
 
 class AoActivation(nn.Module):
@@ -125,121 +118,80 @@ def build_networks(images: Tensor) -> dict[str, nn.Module]:
         network(images)
     floating = copy.deepcopy(network).train()
     freeze_batch_norm_statistics(floating)
-    learned, moving = prepare(network, LEARNED), prepare(network, MOVING)
-    calibrate(learned, images)
-    calibrate(moving, images)
-    networks = {"float": floating, "clusterq": learned.train(), "clusterq moving range": moving.train()}
-    networks["eager"] = _replaced(
-        learned, lambda m: EagerActivation(m) if isinstance(m, ActivationQuantizer) else EagerWeight(m)
-    )
+    networks = {}
+    for name, config in zip(OURS, (DEFAULT, SYMMETRIC, MOVING), strict=True):
+        networks[name] = prepare(network, config)
+        calibrate(networks[name], images)
+        networks[name].train()
+    networks["float"] = floating
+    networks["eager"] = _replaced(networks["clusterq"], EagerQuantizer)
     if importlib.util.find_spec("torch.ao.quantization") is not None:
-        networks["torch.ao"] = _replaced(
-            moving, lambda m: AoActivation() if isinstance(m, ActivationQuantizer) else _ao_weight()
-        )
+        with warnings.catch_warnings():
+            # torch.ao announces its own retirement on each construction.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            networks["torch.ao"] = _replaced(
+                networks["clusterq moving range"],
+                lambda m: AoActivation() if isinstance(m, ActivationQuantizer) else _ao_weight(),
+            )
     return networks
 
 
-def build_steps(batch: int) -> dict[str, Step]:
+def check(ours: nn.Module, eager: nn.Module, images: Tensor) -> None:
+    """The eager form must compute what the ops compute before anything is timed: outputs and every gradient.
+
+    In float64, where next to no value is so close to a tie that x / s and x * (1 / s) round to different codes.
+    """
+    ours, eager, images = copy.deepcopy(ours).double(), copy.deepcopy(eager).double(), images.double()
+    outputs = [ours(images), eager(images)]
+    torch.testing.assert_close(*outputs, rtol=1e-7, atol=1e-7)
+    for output in outputs:
+        output.square().mean().backward()
+    theirs = dict(eager.named_parameters())
+    for name, parameter in ours.named_parameters():
+        atol = 1e-6 * parameter.grad.abs().max().item()
+        torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-6, atol=atol)
+
+
+def training_step(network: nn.Module, images: Tensor, targets: Tensor) -> Call:
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
+    )
+
+    def step() -> None:
+        loss = distillation_loss(network(images), targets, TEMPERATURE)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def step_case(batch: int) -> Case:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, 32, 32, generator=generator)
     targets = torch.randn(batch, 10, generator=generator)
-
-    def training(network: nn.Module) -> Step:
-        optimizer = torch.optim.SGD(
-            network.parameters(), lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
-        )
-
-        def step() -> Tensor:
-            loss = distillation_loss(network(images), targets, TEMPERATURE)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return step
-
-    return {name: training(network) for name, network in build_networks(images).items()}
-
-
-def check(batch: int = 8) -> None:
-    """The eager form must compute what the ops compute before anything is timed: outputs and gradients of the steps."""
-    images = torch.randn(batch, 3, 32, 32)
     networks = build_networks(images)
-    gradients = {}
-    for name in ("clusterq", "eager"):
-        networks[name].zero_grad()
-        with torch.no_grad():
-            # A min/max range puts the largest weight of each channel right on a tie, where both outcomes are right.
-            for parameter_name, parameter in networks[name].named_parameters():
-                if parameter_name.endswith("scale"):
-                    parameter.mul_(1.03)
-        networks[name](images).square().mean().backward()
-        gradients[name] = {n: p.grad for n, p in networks[name].named_parameters() if n.endswith("scale")}
-    # A value next to a tie may round either way: x / s against x * (1 / s).
-    torch.testing.assert_close(networks["eager"](images), networks["clusterq"](images), rtol=0.05, atol=0.05)
-    for name, gradient in gradients["clusterq"].items():
-        torch.testing.assert_close(gradients["eager"][name], gradient, rtol=0.1, atol=0.1 * gradient.abs().max().item())
+    check(networks["clusterq"], networks["eager"], images[:4])
+    return Case(
+        "QAT step, ResNet-20 W4A4",
+        f"batch {batch}",
+        {name: training_step(network, images, targets) for name, network in networks.items()},
+        bar=Bar("float", 1.15, "at most x of the time"),
+        ours=OURS,
+    )
 
 
-def measure(batch: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds of every variant and the median of its ratios to `float`, round by round."""
-    check()
-    steps = build_steps(batch)
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {
-        name: {
-            "ms": 1e3 * statistics.median(values),
-            "ratio": statistics.median(v / f for v, f in zip(values, seconds["float"], strict=True)),
-        }
-        for name, values in seconds.items()
-    }
+def cases(quick: bool) -> Iterator[Case]:
+    yield step_case(4 if quick else 128)
 
 
-VARIANTS = ("float", "clusterq", "clusterq moving range", "eager", "torch.ao")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_training_step(benchmark, variant):
-    """One variant under pytest-benchmark; compare within one run."""
-    steps = build_steps(32)
-    if variant not in steps:
+@pytest.mark.parametrize("contestant", [*OURS, "float", "eager", "torch.ao"])
+def test_training_step(benchmark: Any, contestant: str) -> None:
+    case = step_case(32)
+    if contestant not in case.contestants:
         pytest.skip("this torch has no torch.ao.quantization")
-    benchmark.pedantic(steps[variant], rounds=5, warmup_rounds=1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    # torch.ao announces its own retirement on each construction.
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    results = measure(arguments.batch, arguments.rounds)
-    print(f"training step, ResNet-20, W4A4, batch {arguments.batch}, float32, {arguments.threads} threads")
-    print(f"{'variant':22} {'ms':>9} {'ratio':>7}")
-    for name, row in results.items():
-        print(f"{name:22} {row['ms']:9.1f} {row['ratio']:7.2f}")
-    if arguments.json is not None:
-        record = {
-            "bench": "steps",
-            "torch": torch.__version__,
-            "machine": platform.processor() or platform.machine(),
-            "batch": arguments.batch,
-            "threads": arguments.threads,
-            "rounds": arguments.rounds,
-            "results": results,
-        }
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    case.benchmark(benchmark, contestant)
 
 
 if __name__ == "__main__":
-    main()
+    main("steps", __doc__, cases, ops=("fake_quantize", "fake_quantize_learned_backward"), repeats=15)

@@ -284,17 +284,14 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
 
 def _bench(options: argparse.Namespace, command: str) -> int:
     folder = Path(clusterq.__file__).resolve().parent.parent / "bench"
-    suites = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    suites = [path.stem.removeprefix("bench_") for path in sorted(folder.glob("bench_*.py"))]
     if not suites:
         raise ValueError("the benchmarks are part of the source checkout, not of the installed package")
     for name in options.suite:
         if name not in suites:
             raise ValueError(f"no benchmark suite {name!r}; there are {', '.join(suites)}")
-    for name in options.suite or suites:
-        code = subprocess.run([sys.executable, str(suites[name])], check=False).returncode
-        if code != 0:
-            return code
-    return 0
+    chosen = ["--suite", *options.suite] if options.suite else []
+    return subprocess.run([sys.executable, str(folder / "report.py"), *chosen], check=False).returncode
 
 
 def _doctor(options: argparse.Namespace, command: str) -> int:

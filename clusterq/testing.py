@@ -59,15 +59,24 @@ def assert_accurate(
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call over the rounds of `interleave`."""
+    """Seconds per call over the rounds of `interleave`: median, 20/80 % quantiles, and every round's own."""
 
     median: float
     low: float
     high: float
+    rounds: tuple[float, ...]
 
     @property
     def milliseconds(self) -> float:
         return 1e3 * self.median
+
+    def ratio_to(self, other: Timing) -> float:
+        """Median over the rounds of this time / the other's in the same round; both from one call of `interleave`.
+
+        The one statistic behind every ratio of the benches. Against the ratio of the two medians it has the advantage
+        that a machine which is slow for some rounds is slow for both sides of each such ratio.
+        """
+        return statistics.median(mine / theirs for mine, theirs in zip(self.rounds, other.rounds, strict=True))
 
 
 def interleave(
@@ -75,7 +84,7 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time each function, taking turns in one process, so that slow drifts of the machine fall on all alike.
 
-    Calls shorter than `min_time` seconds are repeated inside a round. Returns median and 20/80 % quantiles per call.
+    Calls shorter than `min_time` seconds are repeated inside a round. Ratios come from `Timing.ratio_to`.
     """
     repeats = {}
     for name, function in functions.items():
@@ -94,5 +103,5 @@ def interleave(
     result = {}
     for name, values in samples.items():
         cuts = statistics.quantiles(values, n=5) if len(values) > 1 else [values[0]] * 4
-        result[name] = Timing(statistics.median(values), cuts[0], cuts[3])
+        result[name] = Timing(statistics.median(values), cuts[0], cuts[3], tuple(values))
     return result

@@ -1,0 +1,257 @@
+"""The benches: a bar's verdict, the one statistic of ratios, reports from stored results, and every suite in small."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clusterq import cli
+from clusterq.nn.quantizers import WeightQuantizer
+from clusterq.testing import Timing
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+SUITES = sorted(path.stem.removeprefix("bench_") for path in BENCH.glob("bench_*.py"))
+
+# The suites are scripts: they find `harness` in their own folder.
+sys.path.insert(0, str(BENCH))
+import harness  # noqa: E402
+import report  # noqa: E402
+
+FASTER, OF_THE_TIME = "at least x faster", "at most x of the time"
+FACTS = harness.Facts(
+    command="python bench/bench_toy.py --threads 1 --repeats 3",
+    torch="2.15",
+    clusterq="0.1",
+    threads=1,
+    repeats=3,
+    quick=False,
+    processor="a processor",
+    cpu_capability="avx2",
+    kernels={"fake_quantize": "cpp"},
+    date="2026-01-01T00:00:00+00:00",
+    load_average=0.25,
+)
+
+
+def make_row(ours: float, case: str = "forward", bar: harness.Bar | None = None, peer: float = 10.0) -> harness.Row:
+    return harness.Row(case, "[4, 4]", "clusterq", {"clusterq": ours, "torch": peer}, {"torch": peer / ours}, bar)
+
+
+def store(folder: Path, *rows: harness.Row, suite: str = "toy", **facts: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    harness.Record(suite, replace(FACTS, **facts), rows).write(folder / f"{suite}.json")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("direction", "limit", "ratio", "met"),
+    [
+        (FASTER, 2.0, 1.99, False),
+        (FASTER, 2.0, 2.0, True),
+        (FASTER, 2.0, 2.01, True),
+        (FASTER, 2.0, math.nan, False),
+        # The ratio is peer / ours: 0.8 means 1.25 times the peer's time.
+        (OF_THE_TIME, 1.25, 0.79, False),
+        (OF_THE_TIME, 1.25, 0.8, True),
+        (OF_THE_TIME, 1.25, 0.81, True),
+        (OF_THE_TIME, 1.25, math.nan, False),
+    ],
+)
+def test_verdict_of_a_bar(direction: str, limit: float, ratio: float, met: bool) -> None:
+    bar = harness.Bar("torch", limit, direction)
+    assert bar.met(ratio) is met
+    row = harness.Row("forward", "[4]", "clusterq", {"clusterq": 1.0, "torch": 1.0}, {"torch": ratio}, bar)
+    assert row.met is met
+    assert str(row).endswith(f"[bar {bar}: {'met' if met else 'MISSED'}]")
+
+
+def test_bars_that_cannot_be_judged_are_refused() -> None:
+    with pytest.raises(ValueError, match="direction"):
+        harness.Bar("torch", 2.0, "faster")
+    with pytest.raises(ValueError, match="eager"):
+        harness.Case("forward", "[4]", {"clusterq": int, "torch": int}, harness.Bar("eager", 2.0))
+    with pytest.raises(ValueError, match="clusterq"):
+        harness.Case("forward", "[4]", {"ours": int, "torch": int})
+
+
+def test_ratio_is_the_median_of_the_ratios_within_the_rounds() -> None:
+    ours = Timing(2.0, 1.0, 30.0, (1.0, 2.0, 30.0))
+    peer = Timing(6.0, 3.0, 6.0, (3.0, 6.0, 6.0))
+    assert peer.ratio_to(ours) == 3.0
+    with pytest.raises(ValueError):
+        peer.ratio_to(Timing(1.0, 1.0, 1.0, (1.0,)))
+
+
+def test_measured_rows() -> None:
+    """Sleeps of known order: a ratio above 1 means that ours is faster, and every variant of ours has its row."""
+    seconds = {"clusterq": 0.001, "clusterq slow": 0.05, "peer": 0.012}
+    sleeps = {name: partial(time.sleep, duration) for name, duration in seconds.items()}
+    case = harness.Case("sleep", "", sleeps, harness.Bar("peer", 2.0), ours=("clusterq", "clusterq slow"))
+    fast, slow = case.measure(3)
+    assert fast.ratio["peer"] > 2 and fast.met is True
+    assert slow.ratio["peer"] < 0.5 and slow.bar is None and slow.met is None
+    assert list(slow.milliseconds) == ["clusterq slow", "peer"] and slow.milliseconds["clusterq slow"] >= 50
+    assert fast.title != slow.title
+    assert [row.bar for row in case.measure(1, quick=True)] == [None, None]
+
+
+def test_report_of_stored_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    met = make_row(2.0, "forward", harness.Bar("torch", 4.0))
+    missed = make_row(4.0, "backward", harness.Bar("torch", 4.0))
+    slow = make_row(12.0, "step", harness.Bar("torch", 1.15, OF_THE_TIME))
+    store(tmp_path, met, missed, slow, make_row(5.0, "free"))
+    # A verdict in the file is for readers; the numbers decide.
+    path = tmp_path / "toy.json"
+    values = json.loads(path.read_text())
+    assert [row["met"] for row in values["rows"]] == [True, False, False, None]
+    values["rows"][1]["met"] = True
+    path.write_text(json.dumps(values))
+
+    assert report.main(["--from", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+    command = f"`{FACTS.command}`"
+    assert lines[1:] == [
+        ["toy", "forward [4, 4]", "4x of torch", "5.00", "met", command],
+        ["toy", "backward [4, 4]", "4x of torch", "2.50", "MISSED", command],
+        ["toy", "step [4, 4]", "at most 1.15 of the time of torch", "1.20", "MISSED", command],
+    ]
+    written = (tmp_path / "report.md").read_text()
+    assert all(line in written for line in printed.splitlines() if line.startswith("| "))
+    assert "free [4, 4]" in written and "load 0.25 at the start" in written and "a processor" in written
+
+
+def test_flags_of_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old_rows = [make_row(11.0, case) for case in ("same", "limit", "faster", "slower", "gone")]
+    new_rows = [make_row(ms, case) for case, ms in
+                (("same", 11.5), ("limit", 10.0), ("faster", 9.9), ("slower", 12.2), ("fresh", 1.0))]  # fmt: skip
+    old, new = store(tmp_path / "old", *old_rows), store(tmp_path / "new", *new_rows, threads=2)
+    store(old, make_row(1.0, "elsewhere"), suite="not_run_again")
+    flags = {change.title: change.flag for change in report.compare(report.load(old), report.load(new))}
+    assert flags == {
+        "same [4, 4]": "",
+        "limit [4, 4]": "",
+        "faster [4, 4]": "faster",
+        "slower [4, 4]": "SLOWER",
+        "fresh [4, 4]": "only new",
+        "gone [4, 4]": "only old",
+    }
+    assert report.main(["--from", str(new), "--compare", str(old)]) == 0
+    printed = capsys.readouterr().out
+    assert "toy: threads was 1, now 2" in printed
+    (line,) = [line for line in printed.splitlines() if "slower [4, 4]" in line]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["11.00", "12.20", "0.90", "SLOWER"]
+
+
+def test_a_suite_that_fails_fails_the_report_and_leaves_no_old_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    store(out, make_row(1.0), suite="broken")
+    store(out, make_row(2.0), suite="sound")
+    store(tmp_path, make_row(1.0), suite="sound")
+    (tmp_path / "bench_broken.py").write_text("raise SystemExit(3)\n")
+    source = f"import shutil, sys\nshutil.copy({str(tmp_path / 'sound.json')!r}, sys.argv[-1])\nprint(sys.argv[1:-1])\n"
+    (tmp_path / "bench_sound.py").write_text(source)
+    monkeypatch.setattr(report, "SUITES", {name: tmp_path / f"bench_{name}.py" for name in ("broken", "sound")})
+    # The older results are read before they are written over.
+    assert report.main(["--output", str(out), "--compare", str(out), "--threads", "1", "--quick"]) == 1
+    captured = capfd.readouterr()
+    assert "suite broken failed" in captured.err
+    assert "['--threads', '1', '--quick', '--json']" in captured.out
+    (line,) = [line for line in captured.out.splitlines() if "faster" in line]
+    assert "2.00" in line and "1.00" in line
+    assert sorted(path.name for path in out.iterdir()) == ["report.md", "sound.json"]
+
+
+def test_folders_without_results_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--from", str(tmp_path)]) == 2
+    (tmp_path / "other.json").write_text("[1]")
+    assert report.main(["--from", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("report: error: ") == 2
+
+
+def test_command_line_goes_through_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(command: list[str], **settings: object) -> SimpleNamespace:
+        commands.append(command[1:])
+        return SimpleNamespace(returncode=len(commands))
+
+    monkeypatch.setattr("clusterq.cli.subprocess.run", run)
+    assert [cli.main(["bench", "steps", "centroids"]), cli.main(["bench"])] == [1, 2]
+    assert commands == [[str(BENCH / "report.py"), "--suite", "steps", "centroids"], [str(BENCH / "report.py")]]
+
+
+@pytest.mark.parametrize(
+    ("suite", "promised"),
+    [
+        ("fake_quant", [("forward per channel", "torch", 2.0, FASTER), ("forward of weights", "torch", 20.0, FASTER)]),
+        ("bn_stats", [("statistics", "var_mean", 20.0, FASTER)]),
+        ("centroids", [("search, normal data", "cdist", 4.0, FASTER)]),
+        ("steps", [("QAT step, ResNet-20 W4A4", "float", 1.15, OF_THE_TIME)]),
+        ("alignment", [("teacher forward and backward, ResNet-20", "plain", 1.4, OF_THE_TIME)]),
+    ],
+)
+def test_promised_bars(suite: str, promised: list[tuple[str, str, float, str]]) -> None:
+    """A bar that is lowered, or lost with its case, would make every report look better."""
+    cases = list(importlib.import_module(f"bench_{suite}").cases(True))
+    found = [(c.name, c.bar.peer, c.bar.limit, c.bar.direction) for c in cases if c.bar is not None]
+    assert found == promised
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of all suites on small shapes, as `make bench` runs it."""
+    folder = tmp_path_factory.mktemp("bench") / "out"
+    command = [sys.executable, str(BENCH / "report.py"), "--quick", "--threads", "1", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_suite_runs_to_the_end(quick_run: Path, suite: str) -> None:
+    path = quick_run / f"{suite}.json"
+    record = harness.Record.read(path)
+    assert record.suite == suite and record.facts.quick and record.facts.threads == 1 and record.facts.repeats == 3
+    assert record.facts.command == f"python bench/bench_{suite}.py --threads 1 --repeats 3 --quick"
+    assert record.facts.kernels and record.facts.load_average >= 0
+    assert record.rows and len({row.title for row in record.rows}) == len(record.rows)
+    for row in record.rows:
+        assert next(iter(row.milliseconds)) == row.ours and len(row.milliseconds) > 1
+        assert all(value > 0 for value in row.milliseconds.values())
+        assert row.ratio.keys() == row.milliseconds.keys() - {row.ours}
+        assert all(0 < value < math.inf for value in row.ratio.values())
+        assert row.met is None
+    # Results are published: nothing of the machine's folders in them.
+    assert str(quick_run.parent) not in path.read_text()
+
+
+def test_report_of_a_quick_run_judges_nothing(quick_run: Path) -> None:
+    text = (quick_run / "report.md").read_text()
+    assert "No bars" in text and "MISSED" not in text
+    assert all(f"## {suite}" in text for suite in SUITES)
+
+
+def test_main_contestant_of_the_steps_is_the_shipped_default() -> None:
+    """Learned steps and asymmetric weights in the network that is timed, told from its quantizers."""
+    networks = importlib.import_module("bench_steps").build_networks(torch.randn(2, 3, 32, 32))
+    weights = {
+        name: [m for m in network.modules() if isinstance(m, WeightQuantizer)] for name, network in networks.items()
+    }
+    default, symmetric = weights["clusterq"], weights["clusterq symmetric weights"]
+    assert len(default) == len(symmetric) > 0 and not weights["float"] and not weights["eager"]
+    assert {m.mode for m in (*default, *symmetric)} == {"learned"}
+    assert all(m.zero_point.any() for m in default) and not any(m.zero_point.any() for m in symmetric)
