@@ -1,5 +1,6 @@
 // Arguments of the bn_stats ops: layouts, shapes and dtypes.
 #include "cpu/bn_stats.h"
+#include "cpu/memory.h"
 
 namespace clusterq::bn_stats {
 namespace {
@@ -34,7 +35,7 @@ Tensor in_order_of(const View& x, const Tensor& tensor, const char* name) {
   return out;
 }
 
-Tensor empty_like(const View& x) { return torch::stable::empty_like(x.tensor); }
+Tensor empty_like(const View& x) { return output_like(x.tensor); }
 
 ScalarType statistics_dtype(const View& x) { return compute_dtype(x.tensor.scalar_type()); }
 

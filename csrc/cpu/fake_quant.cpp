@@ -37,7 +37,7 @@ CLUSTERQ_INLINE void dequantize_run(const Q* codes, T* y, int64_t n, G grids) {
 Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& scale, const Tensor& zero_point,
                 int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
   const Tensor x = dense(input), grad = with_strides_of(grad_output, x);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   const Walk walk(x, axis);
   for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
     using T = decltype(element);
@@ -125,7 +125,7 @@ Tensor dequantize_codes(const Tensor& input, const Tensor& scale, const Tensor& 
 Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
                              int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
   const Tensor x = dense(input);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = output_like(x);
   const Walk walk(x, axis);
   for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
     using T = decltype(element);

@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "numerics.h"
 

@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor> learned_backward(const Tensor& grad_output, c
                                                     const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
                                                     std::optional<int64_t> axis, std::string activation) {
   const Tensor x = dense(input), grad = with_strides_of(grad_output, x);
-  Tensor grad_x = torch::stable::empty_like(x);
+  Tensor grad_x = output_like(x);
   Tensor grad_scale = torch::stable::new_empty(scale, scale.sizes());
   Tensor grad_zero_point = torch::stable::new_empty(zero_point, zero_point.sizes());
   const Walk walk(x, axis);
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> weight(const Tensor& input, int64_t quant_min
   // A channel in one piece is quantized while its range search has it in the cache; a very large one is shared by
   // threads.
   const bool fused = walk.outer <= 1 && walk.inner <= (int64_t(1) << 18);
-  Tensor y = fused ? torch::stable::empty_like(w) : w;
+  Tensor y = fused ? output_like(w) : w;
   for_floating(w.scalar_type(), "w", [&](auto element, auto arithmetic) {
     using T = decltype(element);
     using A = decltype(arithmetic);
