@@ -17,8 +17,22 @@ CLUSTERQ_INLINE void forward_run(const T* x, T* y, int64_t n, G grids, Activatio
 
 template <typename T, typename A, typename G>
 CLUSTERQ_INLINE void backward_run(const T* grad, const T* x, T* grad_x, int64_t n, G grids, Activation<A> activation) {
-  for (int64_t i = 0; i < n; ++i)
-    grad_x[i] = store<T>(masked_gradient(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation));
+  if constexpr (std::is_same_v<T, Half>) {
+    // In one loop the selects of both conversions and of the mask are more than GCC 12 makes vector code of.
+    constexpr int64_t kPart = 256;
+    A wide[kPart], above[kPart];
+    for (int64_t first = 0; first < n; first += kPart) {
+      const int64_t length = std::min(kPart, n - first);
+      for (int64_t i = 0; i < length; ++i) wide[i] = load<A>(x[first + i]);
+      for (int64_t i = 0; i < length; ++i) above[i] = load<A>(grad[first + i]);
+      for (int64_t i = 0; i < length; ++i)
+        above[i] = masked_gradient(wide[i], above[i], grids.at(first + i), activation);
+      for (int64_t i = 0; i < length; ++i) grad_x[first + i] = store<T>(above[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      grad_x[i] = store<T>(masked_gradient(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation));
+  }
 }
 
 template <typename T, typename A, typename Q, typename G>

@@ -23,9 +23,9 @@ inline void prefer_huge_pages(const Tensor& fresh) {
     const char* variable = std::getenv("CLUSTERQ_HUGE_PAGES");
     return variable == nullptr || std::strcmp(variable, "0") != 0;
   }();
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
   const uintptr_t bytes = static_cast<uintptr_t>(fresh.numel()) * fresh.element_size();
   if (!wanted || bytes < kLeast) return;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
   // Whole pages inside the tensor: its neighbours keep what they have.
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = (begin + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
