@@ -178,7 +178,7 @@ def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
     plot.set_xlim(-0.55, len(rows) - 0.45)
     plot.set_ylabel("top-1 accuracy, %", color=MUTED, fontsize=9)
     plot.grid(axis="y", color=GRID, zorder=0)
-    figure.legend(loc="outside lower center", ncols=len(BARS), frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
     figure.savefig(path)
 
 

@@ -147,6 +147,16 @@ def test_four_figures_are_drawn(tmp_path: Path) -> None:
         assert caption.endswith(".")
 
 
+@pytest.mark.parametrize("widths", [1, 2])
+def test_nothing_is_cut_off_at_the_border(tmp_path: Path, widths: int) -> None:
+    image = pytest.importorskip("matplotlib.image")
+    _draw(tmp_path, {**RESULT, "widths": RESULT["widths"][:widths]})
+    for name in ("accuracy.png", "curves.png", "separability.png"):
+        pixels = image.imread(str(tmp_path / name))[..., :3]
+        for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
+            assert (border == 1.0).all(), name
+
+
 def test_colour_images_and_many_classes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert "images.png" in _draw(tmp_path, RESULT, channels=3, classes=25)
