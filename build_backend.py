@@ -2,7 +2,9 @@
 
 The extensions compile against the torch they find. Listing torch as an ordinary build requirement would fetch a second,
 possibly different, multi-gigabyte torch into every isolated build; `setup.py` looks into the target environment
-instead.
+instead. That works under pip, which runs the target's own interpreter. uv and `python -m build` run one of their own
+and do not tell which environment is the target: there a torch is fetched for the build, and what is built loads in any
+torch from 2.11 on all the same.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 import re
 import shutil
 import site
+import sys
 import sysconfig
 from typing import Any
 
@@ -41,7 +44,15 @@ def _torch_requirement() -> list[str]:
     compilers = (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")
     if not any(name and shutil.which(name) for name in compilers):
         return []
-    return [] if _has_torch() else ["torch>=" + ".".join(map(str, _OLDEST))]
+    if _has_torch():
+        return []
+    requirement = "torch>=" + ".".join(map(str, _OLDEST))
+    print(
+        f"clusterq: no {requirement} in {sys.prefix}, so one is fetched for the build. Where that is not the "
+        "environment you install into (uv), `--no-build-isolation` builds against the torch you have.",
+        file=sys.stderr,
+    )
+    return [requirement]
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

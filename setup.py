@@ -8,10 +8,12 @@ CUDA build and nvcc of the same major version is found. What was decided, and wh
 from __future__ import annotations
 
 import ast
-import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,7 +25,9 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
-RECORD = ROOT / "clusterq" / "_build.json"
+# What the package itself knows about builds, read without importing the package, which needs torch.
+BUILD = runpy.run_path(str(ROOT / "clusterq" / "ops" / "_build.py"))
+RECORD: Path = BUILD["RECORD"]
 # Lowest PyTorch whose stable ABI the libraries use: they load in this one and in every later one.
 STABLE_TARGET = "0x020b000000000000"
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
@@ -33,11 +37,17 @@ class Unavailable(Exception):
     """A library cannot be built here; the message is the reason shown to the user."""
 
 
-def find_torch() -> None:
-    """Make the target environment's own torch importable from an isolated build; raises Unavailable when there is none.
+def release(version: str) -> tuple[int, ...]:
+    """Major and minor number."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
-    An isolated build runs the target's interpreter with another `sys.path`; its `purelib` still names the target. A
-    torch already in the build environment (put there by build_backend.py for targets that lack it) comes first.
+
+def find_torch() -> str:
+    """Make the target environment's own torch importable from an isolated build; returns its version.
+
+    An isolated build of pip runs the target's interpreter with another `sys.path`; its `purelib` still names the
+    target. A torch already in the build environment (put there by build_backend.py for targets that lack it, or that
+    it cannot see) comes first. Raises Unavailable when there is none new enough.
     """
     for key in ("purelib", "platlib"):
         path = sysconfig.get_path(key)
@@ -47,9 +57,9 @@ def find_torch() -> None:
         import torch
     except ImportError as error:
         raise Unavailable(f"PyTorch could not be imported during the build: {error}") from error
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < (2, 11):
+    if release(torch.__version__) < (2, 11):
         raise Unavailable(f"PyTorch {torch.__version__} is older than 2.11, the oldest stable ABI the kernels use")
+    return str(torch.__version__)
 
 
 def find_compiler() -> str:
@@ -68,9 +78,14 @@ def find_python_headers() -> None:
 
 def pybind11_include() -> list[str]:
     """pybind11's headers; empty when torch's own copy, already on the include path, has to do."""
+    import torch
+
     try:
         import pybind11
     except ImportError:
+        if release(torch.__version__) < (2, 13):
+            # Their copy refuses to be compiled next to the stable ABI.
+            raise Unavailable("PyTorch 2.11 and 2.12 need the package pybind11 for the build") from None
         return []
     return [pybind11.get_include()]
 
@@ -216,8 +231,25 @@ def write_record() -> None:
         if record[key] != "built":
             for path in ROOT.glob(f"clusterq/{name}.*.so"):
                 path.unlink()
-    digest = hashlib.sha256("\n".join(sorted(declared_schemas())).encode()).hexdigest()
-    RECORD.write_text(json.dumps({**record, "schema_digest": digest}, indent=2) + "\n")
+    built = [library for library in LIBRARIES if record[library] == "built"]
+    facts = {
+        **record,
+        **({"torch": find_torch()} if built else {}),
+        "schema_digest": BUILD["schema_digest"](declared_schemas()),
+        "source_digest": {library: digests[library] for library in built},
+    }
+    RECORD.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def refuse_old_setuptools() -> None:
+    """Name what is missing where nothing brings it along: a build without isolation in an environment of 2024 or older.
+
+    Python 3.10 and 3.11 put such a setuptools into every virtual environment.
+    """
+    wanted = {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv)
+    if wanted and not any(map(importlib.util.find_spec, ("setuptools.command.bdist_wheel", "wheel"))):
+        version = importlib.metadata.version("setuptools")
+        raise SystemExit(f"clusterq: setuptools {version} makes no wheels: install setuptools 70.1 or newer")
 
 
 def refuse_forced() -> None:
@@ -228,7 +260,10 @@ def refuse_forced() -> None:
 
 
 LIBRARIES = {"cpp": "_C", "cuda": "_C_cuda"}
+refuse_old_setuptools()
 record: dict[str, str] = {}
+# Taken before the compilers run: what is edited meanwhile is not in the libraries.
+digests = {library: BUILD["source_digest"](ROOT / "csrc", library) for library in LIBRARIES}
 extensions: list[Extension] = []
 # CUDA first: torch's build helper reads CUDA_HOME when it is imported, and cuda_extension sets it.
 for library, make in (("cuda", cuda_extension), ("cpp", cpu_extension)):

@@ -219,7 +219,7 @@ class FinetuneConfig:
     batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"
-    lr: Positive = 3e-3
+    lr: Positive = 1e-2
     momentum: Momentum = 0.9
     weight_decay: Weight = 1e-4
     schedule: Schedule = "cosine"

@@ -5,17 +5,16 @@ A self-check runs an op on a small input through the dispatcher and compares eve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clusterq.op_cases import OP_CASES
 from clusterq.ops import _library
+from clusterq.ops._build import build_record, stale_libraries
 from clusterq.versions import machine, versions
-
-Inputs = Callable[[], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,15 @@ class OpState:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything `clusterq doctor` shows; `healthy` when no self-check failed."""
+    """Everything `clusterq doctor` shows; `healthy` when no self-check failed.
+
+    `stale` names the libraries (`cpp`, `cuda`) that were built from other sources than csrc/ holds now.
+    """
 
     versions: dict[str, str]
     machine: dict[str, Any]
     build: dict[str, Any]
+    stale: list[str]
     backend: str
     ops: list[OpState]
     healthy: bool
@@ -57,7 +60,8 @@ def doctor() -> Diagnosis:
         check, detail = _check(row.op, row.device, row.kernel)
         states.append(OpState(row.op, row.device, row.kernel, dict(row.missing), check, detail))
     healthy = all(state.check != "failed" for state in states)
-    return Diagnosis(versions(), machine(), _library.build_record(), _library.requested_backend(), states, healthy)
+    backend = _library.requested_backend()
+    return Diagnosis(versions(), machine(), build_record(), stale_libraries(), backend, states, healthy)
 
 
 def describe(diagnosis: Diagnosis) -> str:
@@ -70,8 +74,10 @@ def describe(diagnosis: Diagnosis) -> str:
         f"GPU: {facts['gpu'] or 'none'}",
         f"backend    {diagnosis.backend} (CLUSTERQ_BACKEND)",
     ]
-    build = [f"{name}: {_short(value)}" for name, value in diagnosis.build.items()]
+    build = [f"{name}: {_short(value)}" for name, value in diagnosis.build.items() if not name.endswith("_digest")]
     build = build or ["none: install with `pip install -e .`"]
+    remedy = "run `make build` or `pip install -e .`"
+    build += [f"WARNING: csrc/ has changed since {name} was built: {remedy}" for name in diagnosis.stale]
     lines += [f"{'build' if i == 0 else '':<11}{line}" for i, line in enumerate(build)]
     lines.append("")
     lines += _table(diagnosis.ops)
@@ -110,21 +116,20 @@ def _short(value: Any) -> str:
 def _check(name: str, device: str, kernel: str) -> tuple[str, str]:
     if device == "cuda" and not torch.cuda.is_available():
         return "no device", ""
-    inputs = CASES.get(name)
-    if inputs is None:
+    if name not in OP_CASES:
         return "failed", "no self-check exists for this op"
-    reference = _library._ops[name].reference
-    arguments = _on(inputs(), device)
-    expected_arguments = _on(inputs(), "cpu")
-    try:
-        with torch.no_grad():
-            actual = getattr(torch.ops.clusterq, name).default(*arguments)
-            expected = reference(*expected_arguments)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return "failed", str(error).splitlines()[0]
-    detail = _difference(actual, expected) or _difference(_tensors(arguments), _tensors(expected_arguments))
-    if detail:
-        return "failed", detail
+    for case in OP_CASES[name]:
+        arguments = _on(case.arguments(), device)
+        expected_arguments = case.arguments()
+        try:
+            with torch.no_grad():
+                actual = getattr(torch.ops.clusterq, name).default(*arguments)
+                expected = _library._ops[name].reference(*expected_arguments)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return "failed", str(error).splitlines()[0]
+        detail = _difference(actual, expected) or _difference(_tensors(arguments), _tensors(expected_arguments))
+        if detail:
+            return "failed", detail
     return ("ran" if kernel == "reference" else "passed"), ""
 
 
@@ -156,84 +161,3 @@ def _difference(actual: Any, expected: Any) -> str:
         if error > 1e-5 * max(scale, 1e-3):
             return f"result {index} is off by {error:.2e}"
     return ""
-
-
-def _normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _positive(*shape: int, seed: int = 0) -> Tensor:
-    return _normal(*shape, seed=seed).abs() + 0.5
-
-
-def _grid() -> tuple[Tensor, Tensor, Tensor, int, int, int]:
-    """Input, per-channel scale and zero point, range, axis."""
-    return _normal(2, 3, 5, 7), 0.2 * _positive(3), torch.tensor([0.0, 3.0, 7.0]), 0, 15, 1
-
-
-def _statistics() -> tuple[Any, ...]:
-    return (_normal(4, 3, 5, 7),)
-
-
-def _clusters() -> tuple[Tensor, Tensor, Tensor]:
-    """Centroids [1, 5, 4], cluster sizes [1, 5], rows [1, 11, 4]."""
-    return _normal(1, 5, 4, seed=1), _positive(1, 5, seed=2), _normal(1, 11, 4)
-
-
-# Arguments of every op, in the order of its schema.
-CASES: dict[str, Inputs] = {
-    "fake_quantize": lambda: (*_grid(), "relu"),
-    "fake_quantize_backward": lambda: (_normal(2, 3, 5, 7, seed=1), *_grid(), "none"),
-    "fake_quantize_learned_backward": lambda: (_normal(2, 3, 5, 7, seed=1), *_grid(), "none"),
-    "quantize": _grid,
-    "dequantize": lambda: (
-        torch.arange(16, dtype=torch.uint8).reshape(4, 4),
-        0.2 * _positive(4),
-        torch.zeros(4),
-        0,
-        torch.float32,
-    ),
-    "fake_quantize_weight": lambda: (_normal(4, 3, 3, 3), -8, 7, 0, True),
-    "observe_fake_quantize": lambda: (
-        _normal(2, 3, 5, 7),
-        torch.full((1,), -1.0),
-        torch.full((1,), 1.0),
-        0,
-        15,
-        0.9,
-        True,
-        False,
-        None,
-        "none",
-    ),
-    "quantization_error": lambda: (_normal(4, 9), 0.2 * _positive(6, 4), torch.zeros(6, 4), -8, 7, 0),
-    "instance_statistics": _statistics,
-    "batch_norm_statistics": lambda: (*_statistics(), 1),
-    "class_statistics": lambda: (_normal(6, 3), torch.tensor([0, 2, 2, 1, 0, 2]), 4, torch.arange(6) != 3),
-    "batch_norm_instance_statistics": lambda: (*_statistics(), _normal(3, seed=1), _positive(3), _normal(3, seed=2)),
-    "batch_norm_batch_statistics": lambda: (*_statistics(), _normal(3, seed=1), _positive(3), _normal(3, seed=2)),
-    "statistics_backward": lambda: (
-        *_statistics(),
-        _normal(4, 3, seed=1),
-        _normal(4, 3, seed=2),
-        _normal(4, 3, seed=3),
-    ),
-    "batch_norm_statistics_backward": lambda: (
-        _normal(4, 3, 5, 7, seed=4),
-        *_statistics(),
-        _positive(3),
-        _normal(4, 3, seed=1),
-        _normal(4, 3, seed=2),
-        _normal(4, 3, seed=3),
-    ),
-    "batch_norm_parameter_backward": lambda: (_normal(4, 3, 5, 7, seed=1), *_statistics(), _normal(3), _positive(3)),
-    "nearest_centroid": lambda: (_normal(1, 11, 4), _normal(1, 5, 4, seed=1)),
-    "nearest_centroid_backward": lambda: (
-        _positive(1, 11),
-        _normal(1, 11, 4),
-        _normal(1, 5, 4, seed=1),
-        torch.arange(11)[None] % 6 - 1,
-    ),
-    "update_centroids_": lambda: (*_clusters(), torch.arange(11)[None] % 4 - 1, _positive(1, 11), 0.8, "mean"),
-    "assign_and_update_": lambda: (*_clusters(), None, 0.8, "codebook"),
-}

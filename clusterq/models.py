@@ -185,23 +185,29 @@ def own_transform(
     return facts.transform if known else None
 
 
-def output_classes(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Length of the network's output for one zero image of `input_shape` (channels, height, width).
+@torch.no_grad()
+def zero_image_logits(model: nn.Module, input_shape: tuple[int, int, int]) -> Tensor:
+    """What the network, in the mode it is in, gives for two zero images of `input_shape` (channels, height, width).
 
-    Raises ModelError when the network cannot run on such an image or its output is not one [1, classes] tensor.
+    Raises ModelError when the network cannot run on such images or its output is not one [2, classes] tensor with at
+    least two classes.
     """
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    parameter = next(model.parameters(), torch.zeros(()))
+    images = torch.zeros(2, *input_shape, device=parameter.device, dtype=parameter.dtype)
     try:
-        with torch.inference_mode():
-            y = model(torch.zeros(1, *input_shape, device=device))
+        logits = model(images)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        shape, text = list(input_shape), _first_line(error)
-        raise ModelError(f"the network does not run on an image of shape {shape}: {text}") from error
-    if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
-        got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
-        raise ModelError(f"the network's output is {got} for one image; wanted [1, classes] with at least 2 classes")
-    return int(y.shape[1])
+        reason = _first_line(error)
+        raise ModelError(f"the network does not accept images of shape {tuple(input_shape)}: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2 or logits.shape[1] < 2:
+        got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise ModelError(f"the network's output is {got} for 2 images; wanted [2, classes] with at least 2 classes")
+    return logits
+
+
+def output_classes(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Number of classes of the network, found by one forward pass; raises as `zero_image_logits`."""
+    return zero_image_logits(model, input_shape).shape[1]
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What the centroid ops owe PyTorch: opcheck, torch.compile, the same bits from any threads, errors with names."""
+"""The centroid ops under torch.compile, the same bits from any number of threads, errors with names."""
 
 import math
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clusterq import ops
-from clusterq.testing import FLOAT_DTYPES
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -31,28 +30,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 assert all(torch.equal(a, b) for a, b in zip(wanted, everything(), strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("layout", ["contiguous", "permuted", "sliced", "no rows", "no batch"])
-def test_opcheck(dtype, layout):
-    batch, rows = (0 if layout == "no batch" else 2), (0 if layout == "no rows" else 6)
-    x, centroids = torch.randn(batch, rows, 5).to(dtype), torch.randn(batch, 4, 5).to(dtype)
-    size = torch.rand(batch, 4)
-    if layout == "permuted":
-        x, centroids = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (x, centroids))
-        size = size.t().contiguous().t()
-    if layout == "sliced":
-        x, centroids, size = (torch.cat([t, t], -1)[..., : t.shape[-1]] for t in (x, centroids, size))
-    index = torch.randint(-1, 4, (batch, rows))
-    statistics = torch.float64 if dtype == torch.float64 else torch.float32
-    weights, grad = torch.rand(batch, rows, dtype=statistics), torch.randn(batch, rows, dtype=statistics)
-    op = torch.ops.clusterq
-    torch.library.opcheck(op.nearest_centroid.default, (x, centroids))
-    torch.library.opcheck(op.nearest_centroid_backward.default, (grad, x, centroids, index))
-    for weight in (None, weights):
-        torch.library.opcheck(op.update_centroids_.default, (centroids, size, x, index, weight, 0.9, "mean"))
-        torch.library.opcheck(op.assign_and_update_.default, (centroids, size, x, weight, 0.9, "codebook"))
 
 
 def test_compile_forward_backward_and_update():

@@ -13,8 +13,10 @@ from clusterq.cli import main
 from clusterq.ops import _library
 
 
-def test_every_op_has_a_self_check() -> None:
-    assert set(diagnosis.CASES) == set(_library._ops)
+def test_op_without_a_case_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(diagnosis.OP_CASES, "quantize")
+    failed = [state for state in diagnosis.doctor().ops if state.check == "failed"]
+    assert [(state.op, state.detail) for state in failed] == [("quantize", "no self-check exists for this op")]
 
 
 def test_all_self_checks_pass_here() -> None:
@@ -69,6 +71,14 @@ def test_raising_kernel_fails_with_its_message(monkeypatch: pytest.MonkeyPatch) 
     _wrong_reference(monkeypatch, "dequantize", broken)
     failed = [state for state in diagnosis.doctor().ops if state.check == "failed"]
     assert [(state.op, state.detail) for state in failed] == [("dequantize", "no such luck")]
+
+
+def test_changed_sources_are_a_warning_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "WARNING" not in diagnosis.describe(replace(diagnosis.doctor(), stale=[]))
+    monkeypatch.setattr(diagnosis, "stale_libraries", lambda: ["cpp"])
+    found = diagnosis.doctor()
+    assert found.healthy and found.stale == ["cpp"]
+    assert "WARNING: csrc/ has changed since cpp was built" in diagnosis.describe(found)
 
 
 def test_nan_at_another_place_is_a_difference() -> None:

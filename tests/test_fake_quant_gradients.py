@@ -125,6 +125,38 @@ def test_weight_clipped_gradient() -> None:
     assert torch.autograd.grad(y.sum(), w)[0].tolist() == [[0.0, 1.0, 1.0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", ["clipped", "pass_through"])
+def test_gradients_under_live_and_observed_ranges(dtype: torch.dtype, gradient: Any) -> None:
+    """Straight-through: the incoming gradient where code and activation let it through, to the bit, 0 elsewhere."""
+    torch.manual_seed(41)
+    base, grad = with_specials((torch.randn(4, 33, 3, 5) * 4).to(dtype)), torch.randn(4, 33, 3, 5).to(dtype)
+    for name, x in layouts(base).items():
+        if name == "expanded":
+            continue
+        for axis, symmetric in ((0, True), (1, False)):
+            w = x.detach().requires_grad_()
+            y, scale, zero_point = ops.fake_quantize_weight(
+                w, 3, axis=axis, symmetric=symmetric, gradient=gradient, return_qparams=True
+            )
+            _, q, _ = formula(base, scale, zero_point, -4, 3, axis)
+            mask = (q >= -4) & (q <= 3) if gradient == "clipped" else torch.ones_like(q, dtype=torch.bool)
+            assert equal(torch.autograd.grad(y, w, grad)[0], torch.where(mask, grad, torch.zeros_like(grad))), name
+        for axis, activation in ((None, "relu"), (1, "relu6"), (1, "none")):
+            w = x.detach().requires_grad_()
+            low, high = (torch.full((1 if axis is None else 33,), end, dtype=wide(dtype)) for end in (-1.0, 2.0))
+            y, scale, zero_point = ops.observe_fake_quantize(
+                w, low, high, 4, observe=False, axis=axis, gradient=gradient, activation=activation
+            )
+            _, q, _ = formula(base, scale, zero_point, 0, 15, axis, activation)
+            inside = (q >= 0) & (q <= 15) & activation_mask(base, activation)
+            through = torch.ones_like(inside) if activation == "none" else activation_mask(base, activation)
+            if activation != "none":
+                through &= base.isfinite()
+            mask = inside if gradient == "clipped" else through
+            assert equal(torch.autograd.grad(y, w, grad)[0], torch.where(mask, grad, torch.zeros_like(grad))), name
+
+
 def test_observe_gradients() -> None:
     low, high = torch.tensor([0.0]), torch.tensor([1.5])
     for gradient, want in (("clipped", [0.0, 1.0, 0.0]), ("pass_through", [0.0, 1.0, 1.0])):

@@ -1,62 +1,17 @@
-"""What the fake-quantize ops owe PyTorch: opcheck, torch.compile, and the same bits from any number of threads."""
+"""The fake-quantize ops under torch.compile, and the same bits from any number of threads."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from clusterq import ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from fake_quant_formulas import DTYPES, OP, fresh, layouts, parameters, wide
-
-OPERATORS: dict[str, Callable[[Tensor], tuple[Any, ...]]] = {
-    "fake_quantize": lambda x: (x, *qparams(x), -8, 7, 1, "relu6"),
-    "fake_quantize_backward": lambda x: (torch.ones_like(x), x, *qparams(x), -8, 7, 1, "relu"),
-    "fake_quantize_learned_backward": lambda x: (torch.ones_like(x), x, *qparams(x), -8, 7, 1, "none"),
-    "quantize": lambda x: (x, *qparams(x), -8, 7, 1),
-    "fake_quantize_weight": lambda x: (x, -8, 7, 1, False),
-    "observe_fake_quantize": lambda x: (x, *fresh(x.size(1), wide(x.dtype)), 0, 15, 0.9, True, False, 1, "relu"),
-    "quantization_error": lambda x: (x, *(p.expand(3, -1) for p in qparams(x)), 0, 15, 1),
-}
-
-
-def qparams(x: Tensor) -> tuple[Tensor, Tensor]:
-    return parameters(x, 1, -8, 7)
-
-
-def opcheck_inputs(dtype: torch.dtype) -> dict[str, Tensor]:
-    torch.manual_seed(17)
-    cases = layouts(torch.randn(2, 3, 4, 5).to(dtype))
-    cases["empty"] = torch.empty(0, dtype=dtype).reshape(0, 3, 0, 2)
-    cases["no batch"] = torch.empty(0, 3, 4, 4, dtype=dtype)
-    cases["no channels"] = torch.empty(2, 0, 4, 4, dtype=dtype)
-    return cases
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name: str, dtype: torch.dtype) -> None:
-    for layout, x in opcheck_inputs(dtype).items():
-        # Strides of fakes are checked in every layout; the compiled run once, as it takes most of the time.
-        utils = ["test_schema", "test_faketensor", "test_autograd_registration"]
-        if layout == "channels_last" and dtype == torch.float32:
-            utils.append("test_aot_dispatch_dynamic")
-        torch.library.opcheck(getattr(OP, name).default, OPERATORS[name](x), test_utils=utils)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck_dequantize(dtype: torch.dtype) -> None:
-    for x in layouts(torch.randn(2, 3, 4, 5)).values():
-        codes = (x * 3).to(torch.int8)
-        scale, zero_point = torch.rand(3).to(wide(dtype)), torch.zeros(3).to(wide(dtype))
-        torch.library.opcheck(OP.dequantize.default, (codes, scale, zero_point, 1, dtype))
+from fake_quant_formulas import OP, fresh, parameters
 
 
 def test_compiles_whole_with_dynamic_shapes() -> None:

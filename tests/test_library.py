@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clusterq import ops
-from clusterq.ops import _library
+from clusterq.ops import _build, _library
 
 
 def run(code, **environment):
@@ -51,7 +51,7 @@ def test_unknown_backend_is_refused():
 
 def test_forced_backend_that_is_missing_is_an_error_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setenv("CLUSTERQ_BACKEND", "cpp")
-    monkeypatch.setattr(_library, "_BUILD_RECORD", tmp_path / "absent.json")
+    monkeypatch.setattr(_build, "RECORD", tmp_path / "absent.json")
     monkeypatch.setattr(_library, "_missing", {})
     with pytest.raises(ImportError, match="CLUSTERQ_BACKEND=cpp asks for a backend that is missing: no build record"):
         _library.load_backends()
@@ -60,16 +60,51 @@ def test_forced_backend_that_is_missing_is_an_error_with_the_reason(tmp_path, mo
 def test_stale_build_is_noticed(tmp_path, monkeypatch):
     record = tmp_path / "build.json"
     record.write_text(json.dumps({"cpp": "built", "schema_digest": "0" * 64}))
-    monkeypatch.setattr(_library, "_BUILD_RECORD", record)
-    reason = _library._load("clusterq._C", _library.build_record(), "cpp")
+    monkeypatch.setattr(_build, "RECORD", record)
+    reason = _library._load("clusterq._C", _build.build_record(), "cpp")
     assert reason is not None and "built for other op schemas" in reason
 
 
 def test_build_reason_is_passed_on(tmp_path, monkeypatch):
     record = tmp_path / "build.json"
     record.write_text(json.dumps({"cpp": "no C++ compiler found"}))
-    monkeypatch.setattr(_library, "_BUILD_RECORD", record)
-    assert _library._load("clusterq._C", _library.build_record(), "cpp") == "no C++ compiler found"
+    monkeypatch.setattr(_build, "RECORD", record)
+    assert _library._load("clusterq._C", _build.build_record(), "cpp") == "no C++ compiler found"
+
+
+@pytest.mark.parametrize(
+    ("file", "stale"),
+    [("cpu/a.cpp", ["cpp"]), ("cuda/a.cu", ["cuda"]), ("check.h", ["cpp", "cuda"]), ("cpu/new.h", ["cpp"])],
+)
+def test_changed_sources_are_noticed(tmp_path, monkeypatch, file, stale):
+    csrc = tmp_path / "csrc"
+    for name in ("module.cpp", "check.h", "cpu/a.cpp", "cuda/a.cu"):
+        (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+        (csrc / name).write_text("int a;\n")
+    record = tmp_path / "clusterq" / "_build.json"
+    record.parent.mkdir()
+    digests = {library: _build.source_digest(csrc, library) for library in ("cpp", "cuda")}
+    record.write_text(json.dumps({"cpp": "built", "cuda": "built", "source_digest": digests}))
+    monkeypatch.setattr(_build, "PACKAGE", record.parent)
+    monkeypatch.setattr(_build, "RECORD", record)
+    assert _build.stale_libraries() == []
+    (csrc / file).write_text("int b;\n")
+    assert _build.stale_libraries() == stale
+    # Installed without sources, or built before there was a digest: nothing to compare with.
+    (csrc / "module.cpp").unlink()
+    assert _build.stale_libraries() == []
+    (csrc / "module.cpp").write_text("")
+    record.write_text(json.dumps({"cpp": "built"}))
+    assert _build.stale_libraries() == []
+
+
+def test_import_warns_of_changed_sources(monkeypatch):
+    monkeypatch.setenv("CLUSTERQ_BACKEND", "auto")
+    monkeypatch.setattr(_library, "_missing", {})
+    monkeypatch.setattr(_library, "_load", lambda *arguments: None)
+    monkeypatch.setattr(_library, "stale_libraries", lambda: ["cpp"])
+    with pytest.warns(UserWarning, match="csrc/ has changed since the cpp kernels of clusterq were built"):
+        _library.load_backends()
 
 
 def test_import_brings_in_torch_only():

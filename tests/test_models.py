@@ -325,9 +325,9 @@ def test_missing_package_is_named() -> None:
 
 
 def test_output_must_be_class_scores() -> None:
-    with pytest.raises(ModelError, match=r"shape \[1, 4, 8, 8\]"):
+    with pytest.raises(ModelError, match=r"shape \[2, 4, 8, 8\] for 2 images"):
         output_classes(nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8))
-    with pytest.raises(ModelError, match=r"does not run on an image of shape \[1, 8, 8\]"):
+    with pytest.raises(ModelError, match=r"does not accept images of shape \(1, 8, 8\)"):
         output_classes(nn.Conv2d(3, 4, 3, padding=1), (1, 8, 8))
 
 

@@ -143,7 +143,7 @@ class Spatial(Net):
     [
         (NoNorm, SHAPE, "has no BatchNorm"),
         (Net, (3, 8, 8), r"does not accept images of shape \(3, 8, 8\)"),
-        (Spatial, SHAPE, r"logits \[N, classes\]"),
+        (Spatial, SHAPE, r"wanted \[2, classes\]"),
     ],
 )
 def test_unusable_networks_get_one_clear_sentence(make, shape, message):

@@ -19,6 +19,8 @@ from torch.nn import functional
 
 from clusterq import ops
 from clusterq.config import ActivationRange, Gradient, WeightRange
+from clusterq.ops._checks import check_integer
+from clusterq.ops._fake_quant_checks import code_range
 
 ActivationMode = Literal["learned", "fixed", "ema"]
 WeightMode = Literal["learned", "live"]
@@ -99,7 +101,7 @@ class ActivationQuantizer(nn.Module):
         range_steps: int = 800,
     ) -> None:
         super().__init__()
-        _check_bits(bits)
+        check_integer("bits", bits, 2, 8)
         if mode not in ("learned", "fixed", "ema"):
             raise ValueError(f"mode is {mode!r}; wanted learned, fixed or ema")
         if activation != "none" and function is not None:
@@ -114,8 +116,7 @@ class ActivationQuantizer(nn.Module):
         self.method: ActivationRange = method
         self.momentum = momentum
         self.range_steps = range_steps
-        self.quant_min = -(1 << (bits - 1)) if self.symmetric else 0
-        self.quant_max = self.quant_min + (1 << bits) - 1
+        self.quant_min, self.quant_max = code_range(bits, signed=self.symmetric)
         self.enabled = True
         self.calibration: ActivationRange | None = None
         # Lower end, upper end and number of forwards of the calibration under way.
@@ -282,7 +283,7 @@ class WeightQuantizer(nn.Module):
         gradient: Gradient = "clipped",
     ) -> None:
         super().__init__()
-        _check_bits(bits)
+        check_integer("bits", bits, 2, 8)
         if mode not in ("learned", "live"):
             raise ValueError(f"mode is {mode!r}; wanted learned or live")
         if method not in ("mse", "minmax"):
@@ -292,8 +293,7 @@ class WeightQuantizer(nn.Module):
         self.method = method
         self.symmetric = symmetric
         self.gradient: Gradient = gradient
-        self.quant_min = -(1 << (bits - 1))
-        self.quant_max = (1 << (bits - 1)) - 1
+        self.quant_min, self.quant_max = code_range(bits, signed=True)
         self.enabled = True
         # Whether `scale` is set, on the host, where forward may read it freely.
         self._initialised = False
@@ -363,11 +363,6 @@ def set_quantization(model: nn.Module, *, weights: bool = True, activations: boo
 
 
 _NO_RANGE = "an activation quantizer has no range yet: calibrate the network (clusterq.qat.calibrate) or train it first"
-
-
-def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits is {bits}; supported widths are 2 to 8 bits")
 
 
 def _activate(x: Tensor, activation: Fused) -> Tensor:

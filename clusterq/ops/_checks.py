@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -19,6 +22,25 @@ def check_tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...] | Non
     if dtypes is not None and value.dtype not in dtypes:
         *most, last = (str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} has dtype {value.dtype}; wanted {', '.join(most)}{' or ' if most else ''}{last}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {value.layout}; wanted a dense tensor")
+
+
+def check_integer(name: str, value: int, least: int | None = None, most: int | None = None) -> None:
+    # The plain int first: asking the abstract class costs more than the rest of the check.
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt))):
+        raise TypeError(f"{name} is {value!r}; wanted a whole number")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise ValueError(f"{name} is {value}; wanted {least} {'or more' if most is None else f'to {most}'}")
+
+
+def check_number(name: str, value: float, least: float, most: float = math.inf, *, below: float = math.inf) -> None:
+    """A number from `least` to `most`, smaller than `below`."""
+    if type(value) is not float and not isinstance(value, (numbers.Real, torch.SymFloat)):
+        raise TypeError(f"{name} is {value!r}; wanted a number")
+    if not (least <= value <= most and value < below):
+        end = f" <= {most}" if most < math.inf else f" < {below}"
+        raise ValueError(f"{name} is {value}; wanted {least} <= {name}{end}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

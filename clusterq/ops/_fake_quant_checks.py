@@ -8,7 +8,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from clusterq.ops._checks import FLOATING, check_device, check_own_memory, check_tensor
+from clusterq.ops._checks import FLOATING, check_device, check_integer, check_own_memory, check_tensor
 
 ACTIVATIONS = ("none", "relu", "relu6")
 GRADIENTS = ("clipped", "pass_through", "learned")
@@ -27,21 +27,27 @@ def check_input(x: Tensor, axis: int | None, name: str, dtypes: tuple[torch.dtyp
     check_tensor(name, x, dtypes)
     if axis is None:
         return None
+    check_integer("axis", axis)
     if not -x.dim() <= axis < x.dim():
         raise ValueError(f"axis is {axis}; wanted an axis of {name}, which has {x.dim()} dimensions")
     return axis % x.dim()
 
 
 def check_range(quant_min: int, quant_max: int) -> None:
+    check_integer("quant_min", quant_min)
+    check_integer("quant_max", quant_max)
     if not -LARGEST_CODE <= quant_min < quant_max <= LARGEST_CODE:
         raise ValueError(
             f"quant_min is {quant_min} and quant_max is {quant_max}; wanted quant_min < quant_max within +-2^23"
         )
 
 
-def check_bits(bits: int) -> None:
-    if not 2 <= bits <= 16:
-        raise ValueError(f"bits is {bits}; wanted 2 to 16")
+def code_range(bits: int, signed: bool) -> tuple[int, int]:
+    """The 2^bits codes from 0, or from -2^(bits-1) if signed; raises for a width that is not 2 to 16."""
+    check_integer("bits", bits, 2, 16)
+    # A power, since torch 2.11 does not trace a shift by a number that may change.
+    low = -(2 ** (bits - 1)) if signed else 0
+    return low, low + 2**bits - 1
 
 
 def as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
@@ -49,6 +55,7 @@ def as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torc
     count = 1 if axis is None else x.size(axis)
     if not isinstance(value, Tensor):
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
+    check_tensor(name, value)
     if value.numel() != count:
         wanted = "1 (axis is None)" if axis is None else f"{count}, one per channel of axis {axis}"
         raise ValueError(f"{name} has {value.numel()} elements; wanted {wanted}")

@@ -9,22 +9,20 @@ where no compiled kernel is present. `backends()` says which of them serves each
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from clusterq.ops._build import build_record, schema_digest, stale_libraries
+
 _NAMESPACE = "clusterq"
 _BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-_BUILD_RECORD = Path(__file__).resolve().parent.parent / "_build.json"
 
 # torch.library carries no types.
 _library: Any = torch.library
@@ -119,19 +117,6 @@ def register_op(
     return kernel
 
 
-def schema_digest(schemas: list[str]) -> str:
-    """SHA-256 of the schema strings, order-free. `setup.py` stores it in `_build.json`."""
-    return hashlib.sha256("\n".join(sorted(schemas)).encode()).hexdigest()
-
-
-def build_record() -> dict[str, Any]:
-    """What the last build of the extensions decided and why; empty when there was none."""
-    if not _BUILD_RECORD.exists():
-        return {}
-    record: dict[str, Any] = json.loads(_BUILD_RECORD.read_text())
-    return record
-
-
 def _load(module: str, record: dict[str, Any], key: str) -> str | None:
     """Import a compiled library; returns the reason when it cannot be used."""
     if key not in record:
@@ -197,6 +182,13 @@ def load_backends() -> None:
             f"clusterq runs without its compiled CPU kernels, on the slower PyTorch reference: {_missing['cpp']}. "
             "`clusterq doctor` tells more.",
             RuntimeWarning,
+            stacklevel=2,
+        )
+    stale = [library for library in stale_libraries() if library not in _missing]
+    if stale:
+        warnings.warn(
+            f"csrc/ has changed since the {' and '.join(stale)} kernels of clusterq were built: run `make build` or "
+            "`pip install -e .`",
             stacklevel=2,
         )
 

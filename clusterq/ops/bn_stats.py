@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _bn_stats_reference as reference
 from clusterq.ops._bn_stats_reference import empty_output, empty_pair
-from clusterq.ops._checks import FLOATING, check_tensor, compute_dtype
+from clusterq.ops._checks import FLOATING, check_integer, check_number, check_tensor, compute_dtype
 from clusterq.ops._library import register_op
 from clusterq.ops.merge_statistics import (
     check_labels,
@@ -255,8 +255,7 @@ def batch_norm_statistics(x: Tensor, *, correction: int = 0) -> tuple[Tensor, Te
         TypeError, ValueError: x is no tensor of these dtypes and ranks; correction is negative.
     """
     _check_input(x)
-    if correction < 0:
-        raise ValueError(f"correction is {correction}; wanted 0 or more")
+    check_integer("correction", correction, 0)
     differentiable = torch.is_grad_enabled() and x.requires_grad
     mean, var = (_BatchNormStatistics.apply if differentiable else _batch_norm_statistics)(x, correction)
     return mean, var
@@ -303,6 +302,7 @@ def _batch_norm(
             check_vector(name, vector, x.shape[1], x.device, FLOATING)
         elif name.startswith("running"):
             raise TypeError(f"{name} is None; BatchNorm in eval mode wants its running statistics")
+    check_number("eps", eps, 0)
     dtype = compute_dtype(x.dtype)
     scale = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
@@ -328,7 +328,7 @@ def batch_norm_with_instance_statistics(
         x: [N, C, *spatial] as for `instance_statistics`.
         weight, bias: [C] or None for 1 and 0.
         running_mean, running_var: [C], constants: no gradient flows into them.
-        eps: added to running_var.
+        eps: added to running_var, 0 or more.
 
     Returns:
         y like x, `(x - running_mean) / sqrt(running_var + eps) * weight + bias` rounded once from float32; mean [N, C]

@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clusterq.ops._checks import FLOATING, check_device, check_own_memory, check_shape, check_tensor, compute_dtype
+from clusterq.ops._checks import (
+    FLOATING,
+    check_device,
+    check_number,
+    check_own_memory,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+)
 from clusterq.ops._library import register_op
 
 __all__ = ["assign_and_update_", "nearest_centroid", "update_centroids_"]
@@ -62,10 +70,11 @@ def _check_update(
     check_own_memory("cluster_size", cluster_size)
     if weights is not None:
         check_tensor("weights", weights)
+        if weights.dtype.is_complex:
+            raise TypeError(f"weights has dtype {weights.dtype}; wanted a real one")
         check_shape("weights", weights, x.shape[:-1])
         check_device("weights", weights, x.device, "x")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay is {decay}; wanted 0 <= decay <= 1")
+    check_number("decay", decay, 0, 1)
     if mode not in _MODES:
         raise ValueError(f"mode is {mode!r}; wanted one of {', '.join(_MODES)}")
 

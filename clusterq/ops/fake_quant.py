@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from clusterq.ops import _fake_quant_reference as reference
-from clusterq.ops._checks import FLOATING, check_shape, check_tensor, compute_dtype
+from clusterq.ops._checks import (
+    FLOATING,
+    check_device,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+)
 from clusterq.ops._fake_quant_autograd import (
     FakeQuantize,
     FakeQuantizeLearned,
@@ -34,12 +42,12 @@ from clusterq.ops._fake_quant_checks import (
     as_parameter,
     as_scale,
     as_zero_point,
-    check_bits,
     check_choice,
     check_input,
     check_range,
     check_running,
     check_zero_point,
+    code_range,
 )
 
 __all__ = [
@@ -195,10 +203,10 @@ def fake_quantize_weight(
 
     Raises ValueError or TypeError for a bad argument.
     """
+    check_integer("axis", axis)
     front = check_input(w, axis, "w")
-    check_bits(bits)
     check_choice(gradient, GRADIENTS[:2], "gradient")
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = code_range(bits, signed=True)
     if torch.is_grad_enabled() and w.requires_grad:
         output = FakeQuantizeWeight.apply(w, low, high, front, symmetric, gradient)
     else:
@@ -242,17 +250,14 @@ def observe_fake_quantize(
     or TypeError for a bad argument.
     """
     axis = check_input(x, axis, "x")
-    check_bits(bits)
     check_choice(gradient, GRADIENTS[:2], "gradient")
     check_choice(activation, ACTIVATIONS, "activation")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is {momentum}; wanted 0 <= momentum < 1")
+    check_number("momentum", momentum, 0, below=1)
     for running, name in ((running_min, "running_min"), (running_max, "running_max")):
         check_running(running, x, axis, compute_dtype(x.dtype), name)
     if running_max is running_min:
         raise ValueError("running_max is the same tensor as running_min; wanted one of its own")
-    low = -(1 << (bits - 1)) if signed else 0
-    high = low + (1 << bits) - 1
+    low, high = code_range(bits, signed)
     arguments = (x, running_min, running_max, low, high, momentum, observe, symmetric, axis, activation)
     if torch.is_grad_enabled() and x.requires_grad:
         output = ObserveFakeQuantize.apply(*arguments, gradient)
@@ -270,6 +275,7 @@ def range_to_qparams(
     check_tensor("low", low, FLOATING)
     check_tensor("high", high, FLOATING)
     check_shape("high", high, low.shape)
+    check_device("high", high, low.device, "low")
     return reference.range_to_qparams(low, high, quant_min, quant_max, symmetric)
 
 
@@ -291,8 +297,7 @@ def mse_range(
     """
     axis = check_input(x, axis, "x")
     check_range(quant_min, quant_max)
-    if candidates < 1:
-        raise ValueError(f"candidates is {candidates}; wanted 1 or more")
+    check_integer("candidates", candidates, 1)
     x = x.detach()
     low, high = reference.finite_range(x, axis)
     factor = torch.arange(candidates, 0, -1, device=x.device, dtype=low.dtype).div_(candidates).unsqueeze(1)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from clusterq.ops._checks import FLOATING, check_device, check_shape, check_tensor, ordered_sum
+from clusterq.ops._checks import FLOATING, check_device, check_integer, check_shape, check_tensor, ordered_sum
 
 
 def reciprocal(count: int) -> float:
@@ -22,8 +22,7 @@ def check_vector(name: str, vector: Tensor, size: int, device: torch.device, dty
 
 def check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: int, device: torch.device) -> None:
     check_vector("labels", labels, images, device, (torch.int64,))
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; wanted at least 1")
+    check_integer("num_classes", num_classes, 1)
     if mask is not None:
         check_vector("mask", mask, images, device, (torch.bool,))
 
@@ -34,6 +33,7 @@ def _check_instances(mean: Tensor, var: Tensor) -> None:
     if mean.dim() != 2:
         raise ValueError(f"mean has shape {tuple(mean.shape)}; wanted [N, C]")
     check_shape("var", var, mean.shape)
+    check_device("var", var, mean.device, "mean")
 
 
 def membership(labels: Tensor, num_classes: int, mask: Tensor | None) -> Tensor:
@@ -52,8 +52,13 @@ def merge_instance_statistics(mean: Tensor, var: Tensor, spatial: int, correctio
 
     Returns:
         mean [C] and var [C] in the dtype of mean; NaN as for `batch_norm_statistics`.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape or device; `spatial` or `correction` is negative.
     """
     _check_instances(mean, var)
+    check_integer("spatial", spatial, 0)
+    check_integer("correction", correction, 0)
     wide, images = mean.double(), mean.shape[0]
     values = images * spatial
     center = ordered_sum(wide, [0]) / images

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq.errors import ModelError
+from clusterq.models import zero_image_logits
 from clusterq.nn.statistics import replace_batch_norm
 
 
@@ -74,16 +75,8 @@ class Teacher:
         self._probe()
 
     def _probe(self) -> None:
-        images = torch.zeros(2, *self.input_shape, device=self.device, dtype=self.dtype)
-        with torch.no_grad(), self.recorder.record() as layers:
-            try:
-                logits = self.model(images)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise ModelError(f"the network does not accept images of shape {self.input_shape}: {reason}") from error
-        if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2:
-            found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise ModelError(f"the network must put out logits [N, classes]; for 2 images it gave {found}")
+        with self.recorder.record() as layers:
+            logits = zero_image_logits(self.model, self.input_shape)
         if not layers:
             raise ModelError("no BatchNorm layer of the network takes part in its forward pass")
         if any(layer.mean.shape[0] != 2 for layer in layers):

@@ -1,0 +1,188 @@
+"""Small arguments for every op: shared by the self-checks of `clusterq doctor` and by the tests that take every op.
+
+The values come from integer arithmetic, so they are the same bits in every torch and on every processor; random numbers
+are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clusterq.ops._checks import compute_dtype
+
+Shape = tuple[int, ...]
+
+
+def values(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Multiples of 1/1024 in [-2, 2) without visible order, rounded to `dtype`."""
+    i = torch.arange(math.prod(shape)) + 7919 * seed
+    bits = (i * i + i) * 2654435761 % (1 << 32) >> 20
+    return (bits.double() / 1024 - 2).to(dtype).reshape(shape)
+
+
+def positive(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Like `values`, in [0.5, 2.5]."""
+    return values(shape, dtype, seed).abs() + 0.5
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """How to make arguments for one op.
+
+    Attributes:
+        build: (shape and dtype of the data) -> arguments in the order of the schema, contiguous, fresh at every call.
+        shape: a shape that fits, small.
+        never_empty: dimensions that must not be 0.
+    """
+
+    build: Callable[[Shape, torch.dtype], tuple[Any, ...]]
+    shape: Shape = (2, 3, 5, 7)
+    never_empty: tuple[int, ...] = ()
+
+    def arguments(self, shape: Shape | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+        return self.build(shape or self.shape, dtype)
+
+
+def _grid(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `count` channels for codes 0 to 15."""
+    return 0.2 * positive((count,), compute_dtype(dtype)), 3 * torch.arange(count).to(compute_dtype(dtype)) % 16
+
+
+def _fake_quantize(backward: bool, axis: int | None, activation: str) -> OpCase:
+    def build(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+        grad = (values(shape, dtype, 1),) if backward else ()
+        grid = _grid(1 if axis is None else shape[axis], dtype)
+        return (*grad, values(shape, dtype), *grid, 0, 15, axis, activation)
+
+    return OpCase(build)
+
+
+def _observe(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    end = torch.ones(shape[1], dtype=compute_dtype(dtype))
+    return values(shape, dtype), -end, end, 0, 15, 0.9, True, False, 1, "none"
+
+
+def _observe_first(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    end = torch.full((1,), torch.inf, dtype=compute_dtype(dtype))
+    return values(shape, dtype), end, -end, -8, 7, 0.9, True, True, None, "relu"
+
+
+def _quantization_error(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    scales = 0.2 * positive((6, shape[1]), compute_dtype(dtype))
+    return values(shape, dtype), scales, torch.zeros_like(scales), -8, 7, 1
+
+
+def _statistics(count: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`count` tensors [N, C]."""
+    return tuple(values(shape[:2], compute_dtype(dtype), seed) for seed in range(1, count + 1))
+
+
+def _channels(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Center, scale and shift [C] of BatchNorm."""
+    channel, wide = shape[1:2], compute_dtype(dtype)
+    return values(channel, wide, 1), positive(channel, wide, 2), values(channel, wide, 3)
+
+
+def _labels(images: int) -> Tensor:
+    """-1 to 3: some images are of no class."""
+    return torch.arange(images) * 3 % 5 - 1
+
+
+def _book(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Five centroids and their sizes for rows [B, N, D]."""
+    batch, _, dim = shape
+    return values((batch, 5, dim), dtype, 1), positive((batch, 5), seed=2)
+
+
+def _index(shape: Shape) -> Tensor:
+    batch, rows, _ = shape
+    return (torch.arange(batch * rows) % 6 - 1).reshape(batch, rows)
+
+
+def _weights(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return positive(shape[:2], compute_dtype(dtype), 3)
+
+
+def _rows(build: Callable[[Shape, torch.dtype], tuple[Any, ...]]) -> OpCase:
+    return OpCase(build, (2, 11, 4), never_empty=(2,))
+
+
+# At least one case of every op; several where an optional argument or another value takes another path.
+OP_CASES: dict[str, tuple[OpCase, ...]] = {
+    "fake_quantize": (_fake_quantize(False, 1, "relu"), _fake_quantize(False, None, "relu6")),
+    "fake_quantize_backward": (_fake_quantize(True, 1, "none"), _fake_quantize(True, None, "relu6")),
+    "fake_quantize_learned_backward": (_fake_quantize(True, 1, "none"), _fake_quantize(True, None, "relu")),
+    "quantize": (OpCase(lambda shape, dtype: (values(shape, dtype), *_grid(shape[1], dtype), 0, 15, 1)),),
+    "dequantize": (
+        OpCase(
+            lambda shape, dtype: (
+                (torch.arange(math.prod(shape)) % 16).to(torch.uint8).reshape(shape),
+                *_grid(shape[1], dtype),
+                1,
+                dtype,
+            )
+        ),
+    ),
+    "fake_quantize_weight": (
+        OpCase(lambda shape, dtype: (values(shape, dtype), -8, 7, 0, True)),
+        OpCase(lambda shape, dtype: (values(shape, dtype), -8, 7, 1, False)),
+    ),
+    "observe_fake_quantize": (OpCase(_observe), OpCase(_observe_first)),
+    "quantization_error": (OpCase(_quantization_error),),
+    "instance_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype),)),),
+    "batch_norm_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), 1)),),
+    "class_statistics": (
+        OpCase(lambda shape, dtype: (values(shape, dtype), _labels(shape[0]), 3, torch.arange(shape[0]) != 3)),
+        OpCase(lambda shape, dtype: (values(shape, dtype), _labels(shape[0]), 3, None), shape=(6, 3)),
+    ),
+    "batch_norm_instance_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), *_channels(shape, dtype))),),
+    "batch_norm_batch_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), *_channels(shape, dtype))),),
+    "statistics_backward": (OpCase(lambda shape, dtype: (values(shape, dtype), *_statistics(3, shape, dtype))),),
+    "batch_norm_statistics_backward": (
+        OpCase(
+            lambda shape, dtype: (
+                values(shape, dtype, 4),
+                values(shape, dtype),
+                _channels(shape, dtype)[1],
+                *_statistics(3, shape, dtype),
+            )
+        ),
+    ),
+    "batch_norm_parameter_backward": (
+        OpCase(lambda shape, dtype: (values(shape, dtype, 4), values(shape, dtype), *_channels(shape, dtype)[:2])),
+    ),
+    "nearest_centroid": (_rows(lambda shape, dtype: (values(shape, dtype), _book(shape, dtype)[0])),),
+    "nearest_centroid_backward": (
+        _rows(
+            lambda shape, dtype: (
+                _weights(shape, dtype),
+                values(shape, dtype),
+                _book(shape, dtype)[0],
+                _index(shape),
+            )
+        ),
+    ),
+    "update_centroids_": (
+        _rows(
+            lambda shape, dtype: (
+                *_book(shape, dtype),
+                values(shape, dtype),
+                _index(shape),
+                _weights(shape, dtype),
+                0.8,
+                "mean",
+            )
+        ),
+        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), _index(shape), None, 0.8, "codebook")),
+    ),
+    "assign_and_update_": (
+        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), None, 0.8, "codebook")),
+        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), _weights(shape, dtype), 0.8, "mean")),
+    ),
+}
