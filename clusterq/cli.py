@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import clusterq
+from clusterq.allocator import keep_freed_memory
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import ClusterQError
 from clusterq.progress import ConsoleProgress
@@ -340,6 +341,7 @@ def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted at least 1")
+    keep_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,8 +6,8 @@ that its output has the mean and variance of the floating-point network again. O
 enters: images whose statistics are not those of the training set do no harm.
 
 This is bias correction (Nagel et al. 2019, arXiv 1906.04721, section 4.2) extended to the variance and stored where
-BatchNorm keeps such numbers anyway; re-estimating the statistics themselves (Nagel et al. 2022, arXiv 2203.11086,
-section 4) would need real images.
+BatchNorm keeps such numbers anyway; re-estimating the statistics themselves (Nagel et al. 2022, arXiv 2203.11086)
+would need real images.
 """
 
 from __future__ import annotations
