@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq.config import ClusterQConfig
 from clusterq.errors import CheckpointError, ModelError, require
@@ -207,6 +208,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     except ModelError as error:
         raise CheckpointError(f"{path} does not fit the network: {error}") from error
     _fill(twin, state, path)
+    if record.config.quantization.correct_batch_norm:
+        for module in twin.modules():
+            if isinstance(module, _BatchNorm):
+                module.statistics_corrected = True  # type: ignore[assignment]
     return twin.eval()
 
 

@@ -90,7 +90,7 @@ class QuantizationConfig:
         correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
-        range_steps: training forwards after which EMA ranges are frozen.
+        range_steps: forwards after which EMA ranges are frozen; calibration counts as the first.
     """
 
     weight_bits: Bits = 4

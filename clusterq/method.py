@@ -77,6 +77,7 @@ class ClusterQ:
         on_step: called with (phase, step, loss terms) for every step, in groups of some steps.
 
     Attributes:
+        model: a copy of the network.
         teacher: the frozen network with reported statistics.
         source: where the images come from, None before `synthesize`.
         seconds: wall time of the phases done so far.
@@ -98,7 +99,8 @@ class ClusterQ:
         on_step: PhaseStep | None = None,
     ) -> None:
         self.config = named_preset(config) if isinstance(config, str) else config
-        self.model = model
+        # Of its own: students are copied from it later, whatever happens to the caller's network until then.
+        self.model = copy.deepcopy(model)
         self.teacher = Teacher(model, input_shape, device=device)
         if num_classes is not None and num_classes != self.teacher.num_classes:
             raise ModelError(f"num_classes is {num_classes}; the network puts out {self.teacher.num_classes} classes")
@@ -206,11 +208,14 @@ class ClusterQ:
             student: what `calibrate` gave for the same quantization, trained in place; None: calibrate one.
 
         Raises:
+            ValueError: `student` was prepared with another quantization.
             DivergenceError: a loss became NaN or infinite.
         """
         config = self.config if quantization is None else replace(self.config, quantization=quantization)
         if student is None:
             student = self.calibrate(config.quantization)
+        elif qat.prepared_with(student) != config.quantization:
+            raise ValueError("student was prepared with another quantization than the one to fine-tune for")
         source = self._rewound_source()
         finetune = config.finetune
         with self._phase("finetune") as (progress, on_step):

@@ -60,11 +60,12 @@ def test_min_max_over_batches_spans_all_images() -> None:
 def test_settings_default_to_those_of_the_preparation() -> None:
     x = images()
     ranges = {}
-    for method in ("mse", "minmax"):
-        student = prepare(network(), replace(CONFIG, weight_range=method, activation_range=method))
+    for method, corrected in (("mse", True), ("minmax", False)):
+        settings = replace(CONFIG, weight_range=method, activation_range=method, correct_batch_norm=corrected)
+        student = prepare(network(), settings)
         calibrate(student, x)
         explicit = prepare(network(), CONFIG)
-        calibrate(explicit, x, replace(CONFIG, weight_range=method, activation_range=method))
+        calibrate(explicit, x, settings)
         for name, value in student.state_dict().items():
             assert torch.equal(value, explicit.state_dict()[name]), name
         ranges[method] = student[0].weight_quantizer.scale.sum() + student[2].scale.sum()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clusterq.config import QuantizationConfig
+from clusterq.checkpoint import load, save
+from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.correct import BatchNormCorrection
 from clusterq.qat.prepare import prepare
@@ -74,13 +77,38 @@ def test_only_what_quantization_changed_is_corrected_not_the_images() -> None:
 
 
 @torch.no_grad()
-def test_batches_are_pooled() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_calibrating_again_starts_from_the_statistics_as_trained(dtype: torch.dtype) -> None:
+    model, x = network().to(dtype), images().to(dtype)
+    settings = QuantizationConfig(weight_bits=2, activation_bits=2)
+    once, twice = prepare(model, settings), prepare(model, settings)
+    calibrate(once, x)
+    calibrate(twice, 2 * x + 1)
+    calibrate(twice, x)
+    for name, value in once.state_dict().items():
+        assert torch.equal(value, twice.state_dict()[name]), name
+    assert not torch.equal(once[1].running_var, model[1].running_var)
+
+
+@torch.no_grad()
+def test_small_batches_correct_on_the_first_of_them() -> None:
     model, x = network(), images(32)
-    together, apart = quantized(model, x, corrected=True), quantized(model, x, corrected=True, batch_size=12)
-    # What reaches the first layer does not depend on corrections, so that equal ranges would give equal statistics.
-    apart[2].load_state_dict(together[2].state_dict())
-    torch.testing.assert_close(apart[1].running_mean, together[1].running_mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(apart[1].running_var, together[1].running_var, rtol=1e-5, atol=1e-6)
+    student = quantized(model, x, corrected=True, batch_size=12)
+    first = x[:12]
+    for end in (2, 5, 8):
+        torch.testing.assert_close(moments(student[:end](first))[0], moments(model[:end](first))[0], rtol=0, atol=1e-5)
+
+
+def test_a_loaded_network_is_not_corrected_twice(tmp_path: Path) -> None:
+    settings = QuantizationConfig(weight_bits=2, activation_bits=2)
+    model = nn.Sequential(*network(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    student = prepare(model, settings)
+    calibrate(student, images())
+    config = ClusterQConfig(quantization=settings)
+    save(student, tmp_path / "student", config=config, input_shape=(2, 12, 12))
+    loaded = load(tmp_path / "student", model)
+    with pytest.raises(ValueError, match="corrected before it was saved"):
+        calibrate(loaded, images())
 
 
 @torch.no_grad()
@@ -112,24 +140,30 @@ class Shared(nn.Module):
 
 
 @torch.no_grad()
-def test_a_layer_called_twice_pools_both_calls() -> None:
+def test_a_layer_called_twice_compares_like_with_like() -> None:
     torch.manual_seed(2)
     model = Shared().eval()
+    # The two calls see very different values.
+    model.first.weight *= 10
     x = images()
-    correction = BatchNormCorrection(model)
-    with correction.observing():
-        model(x)
-    # "Quantized" is a network whose first convolution is doubled: the inputs of both calls are known exactly.
-    model.first.weight *= 2
-    inputs: list[Tensor] = []
-    handle = model.norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with correction.correcting():
-        model(x)
-    handle.remove()
-    pooled_mean, pooled_var = moments(torch.cat([t.flatten(2) for t in inputs], 2)[..., None])
-    (layer,) = correction._layers
-    torch.testing.assert_close(layer.quantized.mean, pooled_mean, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(layer.quantized.var, pooled_var, rtol=1e-5, atol=1e-6)
+    errors = []
+    for corrected in (False, True):
+        settings = QuantizationConfig(weight_bits=3, activation_bits=8, correct_batch_norm=corrected)
+        student = prepare(model, settings, example_input=x)
+        calibrate(student, x)
+        errors.append(((student(x) - model(x)).square().mean() / model(x).square().mean()).sqrt())
+    assert errors[1] < 1.1 * errors[0] < 0.5
+
+
+@torch.no_grad()
+def test_one_dimensional_batch_norm() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    x = torch.randn(64, 6)
+    student = prepare(model, QuantizationConfig(weight_bits=2, activation_bits=2))
+    calibrate(student, x)
+    mean, got = model(x).double().mean(0), student(x).double().mean(0)
+    torch.testing.assert_close(got, mean, rtol=0, atol=1e-5)
 
 
 def test_layers_without_running_statistics_or_never_reached_are_left_alone() -> None:

@@ -168,6 +168,25 @@ def test_calibration_alone_gives_an_untrained_student(network):
     assert not same_state(trained, rounded)
 
 
+def test_a_calibrated_student_is_trained_in_place_and_gives_the_same(network):
+    method = ClusterQ(network, TINY, input_shape=SHAPE)
+    student = method.calibrate()
+    result = method.finetune(student=student)
+    assert result.student is student
+    assert same_state(student, method.finetune().student)
+    with pytest.raises(ValueError, match="another quantization"):
+        method.finetune(W3A3, student=method.calibrate())
+
+
+def test_changing_the_network_afterwards_changes_nothing(network):
+    first = ClusterQ(network, TINY, input_shape=SHAPE)
+    second = ClusterQ(network, TINY, input_shape=SHAPE)
+    expected = first.run().student
+    with torch.no_grad():
+        next(network.parameters()).mul_(2)
+    assert same_state(second.run().student, expected)
+
+
 def test_images_made_earlier_can_be_used(network):
     method = ClusterQ(network, TINY, input_shape=SHAPE)
     first = method.run()

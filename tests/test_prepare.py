@@ -387,6 +387,73 @@ def test_batch_norm_statistics_stay_frozen() -> None:
     assert network.train().training and not network.bn2.training
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """BatchNorm that applies the activation function it holds, built like timm's class of this name."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        training = self.training or not self.track_running_stats
+        x = functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training, self.momentum or 0.0, self.eps
+        )
+        return self.act(self.drop(x))
+
+
+class Fused(nn.Module):
+    def __init__(self, *acts: nn.Module, look: bool = False) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in acts)
+        self.bns = nn.ModuleList(BatchNormAct2d(3, act) for act in acts)
+        self.fc = nn.Linear(3, 2)
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.look and x.sum() == 12345:
+            return x
+        for conv, bn in zip(self.convs, self.bns, strict=True):
+            x = bn(conv(x))
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("look", [False, True], ids=["traced", "watched"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_activations_inside_batch_norm_are_quantized(look: bool) -> None:
+    network = Fused(nn.ReLU(inplace=True), nn.SiLU(), nn.ReLU6(), nn.Identity(), look=look)
+    student = prepare(network, CONFIG, example_input=IMAGES)
+    quantizers = names(student, ActivationQuantizer)
+    assert quantizers == {"bns.0.act", "bns.1.act", "bns.2.act"} and unreached(student) == []
+    assert [row.name for row in report(student) if row.activation_bits] == ["bns.0.act", "bns.1.act", "bns.2.act"]
+    assert [student.bns[i].act.non_negative for i in range(3)] == [True, False, True]
+    assert same_without_quantization(network, student)
+    calibrate(student, IMAGES)
+    seen: dict[str, Tensor] = {}
+    for name in quantizers:
+        student.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: seen.update({name: y}))
+    student(IMAGES)
+    assert seen.keys() == quantizers and all(1 < len(y.unique()) <= 16 for y in seen.values())
+    assert seen["bns.0.act"].min() == 0 and seen["bns.1.act"].min() < 0
+    # In training the statistics stay frozen, and the quantizer inside follows the mode.
+    before = student.bns[0].running_mean.clone()
+    student.train()(IMAGES).sum().backward()
+    assert not student.bns[0].training and student.bns[0].act.training and student.bns[0].act.scale.grad is not None
+    assert torch.equal(student.bns[0].running_mean, before)
+    assert not student.eval().bns[0].act.training
+
+
+def test_what_cannot_be_quantized_inside_batch_norm_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"bns\.0\.act PReLU \(called inside a BatchNorm layer\)"):
+        student = prepare(Fused(nn.PReLU(), nn.ReLU()), CONFIG)
+    assert names(student, ActivationQuantizer) == {"bns.1.act"}
+    act = nn.ReLU()
+    rows = {row.name: row for row in report(prepare(Fused(act, act), CONFIG))}
+    assert rows["bns.0.act"].note == "one quantizer for 2 calls: called inside a BatchNorm layer"
+
+
 def test_networks_that_cannot_be_prepared() -> None:
     with pytest.raises(ModelError, match="no Conv2d or Linear"):
         prepare(nn.Sequential(nn.ReLU()), CONFIG)

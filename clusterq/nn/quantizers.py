@@ -65,7 +65,8 @@ class ActivationQuantizer(nn.Module):
         bits: 2 to 8.
         mode: `"learned"` trains the step, `"fixed"` keeps the calibrated range, `"ema"` moves the range with the
             training batches: the first batch sets it, later ones enter with weight `1 - momentum`, and after
-            `range_steps` training forwards it stands still. No forward waits for the device, calibration excepted.
+            `range_steps` forwards, calibration counting as the first, it stands still. No forward waits for the device,
+            calibration excepted.
         non_negative: the values are never negative: codes [0, 2^bits - 1], zero point 0. Implied by `activation`.
         symmetric: for values of both signs, codes [-2^(bits-1), 2^(bits-1) - 1] and zero point 0 instead of codes
             [0, 2^bits - 1] and a zero point from the range.

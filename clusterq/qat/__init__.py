@@ -3,7 +3,7 @@
 from clusterq.qat.calibrate import calibrate, round_only
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.finetune import Finetuner, ImageSource, finetune, learning_rate, random_crop_and_flip
-from clusterq.qat.prepare import Row, freeze_batch_norm_statistics, prepare, report, unreached
+from clusterq.qat.prepare import Row, freeze_batch_norm_statistics, prepare, prepared_with, report, unreached
 
 __all__ = [
     "Finetuner",
@@ -16,6 +16,7 @@ __all__ = [
     "freeze_batch_norm_statistics",
     "learning_rate",
     "prepare",
+    "prepared_with",
     "random_crop_and_flip",
     "report",
     "round_only",

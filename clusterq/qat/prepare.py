@@ -74,7 +74,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
     conversion.run()
     conversion.check_reached(example_input)
     freeze_batch_norm_statistics(student)
-    student._quantization = (tuple(conversion.rows), tuple(conversion.unreached))  # type: ignore[assignment]
+    student._quantization = (tuple(conversion.rows), tuple(conversion.unreached), config)  # type: ignore[assignment]
     if conversion.unreached:
         names = "; ".join(f"{row.name or 'network'} {row.kind} ({row.note})" for row in conversion.unreached)
         warnings.warn(f"these stay in floating point: {names}", UserWarning, stacklevel=2)
@@ -91,7 +91,12 @@ def unreached(prepared: nn.Module) -> list[Row]:
     return list(_quantization(prepared)[1])
 
 
-def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+def prepared_with(prepared: nn.Module) -> QuantizationConfig:
+    """The settings that `prepare` made this network with."""
+    return _quantization(prepared)[2]
+
+
+def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...], QuantizationConfig]:
     rows: Any = getattr(prepared, "_quantization", None)
     if rows is None:
         raise ValueError(f"{type(prepared).__name__} does not come from clusterq.prepare")
@@ -102,7 +107,7 @@ def freeze_batch_norm_statistics(model: nn.Module) -> None:
     """Keeps every BatchNorm of a network in evaluation mode, also through `.train()`; gamma and beta stay trainable."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
-            module.eval()
+            module.training = False
             if not getattr(module, "statistics_frozen", False):
                 cls: Any = type(module)
                 module.__class__ = _frozen(cls)
@@ -111,7 +116,10 @@ def freeze_batch_norm_statistics(model: nn.Module) -> None:
 @functools.cache
 def _frozen(cls: Any) -> Any:
     def train(self: nn.Module, mode: bool = True) -> Any:
-        return cls.train(self, False)
+        cls.train(self, mode)
+        # Not what it holds: the quantizer behind the activation function of timm's BatchNormAct2d follows the mode.
+        self.training = False
+        return self
 
     # Tracers take a module for a layer by the package its class says it is from.
     members = {"train": train, "statistics_frozen": True, "__module__": cls.__module__}
@@ -258,13 +266,15 @@ class _Conversion:
             # Its parameters keep their names: the quantizer comes behind it.
             if call.node is None:
                 if not repeated:
-                    self.unreached.append(Row(call.name, label, note=_UNTRACED))
+                    note = _UNTRACED if self.calls.graph is None else _INSIDE
+                    self.unreached.append(Row(call.name, label, note=note))
                 return
             self._insert(call.node, call.name + "_quantizer", kind, label, settings)
         elif not repeated:
             settings |= {"activation": kind} if fused else {"function": module}
-            shared = self.calls.graph is None and self.calls.counts[call.name] > 1
-            note = f"one quantizer for {self.calls.counts[call.name]} calls: {self.calls.problem}" if shared else ""
+            shared = call.node is None and self.calls.counts[call.name] > 1
+            why = self.calls.problem or _INSIDE
+            note = f"one quantizer for {self.calls.counts[call.name]} calls: {why}" if shared else ""
             self.swaps[module] = self._quantizer(call.name, kind, label, note, **settings)
         elif call.node is not None:
             settings |= {"activation": kind} if fused else {"function": module}
@@ -330,6 +340,7 @@ class _Conversion:
 
 
 _UNTRACED = "called as a function in a network that torch.fx cannot trace"
+_INSIDE = "called inside a BatchNorm layer"
 
 
 def _input_of(node: fx.Node) -> fx.Node:
