@@ -13,7 +13,7 @@ would need real images.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -115,18 +115,17 @@ class BatchNormCorrection:
         modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         self._layers = [_Layer(module) for module in modules]
 
-    @contextmanager
-    def observing(self) -> Iterator[None]:
+    def observing(self) -> AbstractContextManager[None]:
         """The forward inside this context tells what the layers see in floating point."""
-        with ExitStack() as stack:
-            for layer in self._layers:
-                stack.callback(layer.module.register_forward_pre_hook(layer.observe).remove)
-            yield
+        return self._hooked("observe")
+
+    def correcting(self) -> AbstractContextManager[None]:
+        """The forward inside this context changes `running_mean` and `running_var` of every layer that was observed."""
+        return self._hooked("correct")
 
     @contextmanager
-    def correcting(self) -> Iterator[None]:
-        """The forward inside this context changes `running_mean` and `running_var` of every layer that was observed."""
+    def _hooked(self, method: str) -> Iterator[None]:
         with ExitStack() as stack:
             for layer in self._layers:
-                stack.callback(layer.module.register_forward_pre_hook(layer.correct).remove)
+                stack.callback(layer.module.register_forward_pre_hook(getattr(layer, method)).remove)
             yield
