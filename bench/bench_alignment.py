@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,7 +36,8 @@ CLASSES = 10
 CONFIG = SynthesisConfig(
     bns_weight=1.0, alignment_weight=0.9, diversity_weight=0.6, class_reduction="mean", assignment="label"
 )
-Step = Callable[[Tensor, Tensor], None]
+# Images and labels -> the loss, detached.
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_network() -> nn.Module:
@@ -50,20 +52,28 @@ def build_network() -> nn.Module:
 
 
 def plain_step(network: nn.Module) -> Step:
-    def step(images: Tensor, labels: Tensor) -> None:
-        F.cross_entropy(network(images), labels).backward()
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        return loss.detach()
 
     return step
 
 
-def clusterq_step(network: nn.Module, images: Tensor, labels: Tensor) -> Step:
-    objective = SynthesisObjective(Teacher(network, (3, 32, 32)), CONFIG, seed=0)
+def clusterq_objective(
+    network: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig = CONFIG
+) -> SynthesisObjective:
+    objective = SynthesisObjective(Teacher(network, (3, 32, 32)), config, seed=0)
     objective.initialise_centroids([(images.detach(), labels)])
+    return objective
 
-    def step(images: Tensor, labels: Tensor) -> None:
+
+def clusterq_step(objective: SynthesisObjective) -> Step:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
         terms = objective(images, labels)
         terms.total.backward()
         objective.update_centroids(terms)
+        return terms.total.detach()
 
     return step
 
@@ -85,6 +95,11 @@ class Hooked:
         self.mean = [torch.randn(CLASSES, c) for c in width]
         self.std = [torch.rand(CLASSES, c) for c in width]
 
+    @property
+    def layers(self) -> int:
+        """How many layers carry centroids."""
+        return len(self.norms) - self.first
+
     def _keep(self, module: nn.Module, args: tuple[Tensor]) -> None:
         self.inputs.append(args[0])
         if len(self.norms) < len(self.inputs):
@@ -103,11 +118,9 @@ class Hooked:
         return loss
 
 
-def hooks_step(network: nn.Module) -> Step:
-    hooked = Hooked(network)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        loss = F.cross_entropy(hooked.forward(images), labels) + CONFIG.bns_weight * hooked.bns()
+def hooks_step(hooked: Hooked, config: SynthesisConfig = CONFIG) -> Step:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(hooked.forward(images), labels) + config.bns_weight * hooked.bns()
         share = F.one_hot(labels, CLASSES).float()
         share = share / share.sum(0).clamp(min=1)
         moved = []
@@ -117,24 +130,23 @@ def hooks_step(network: nn.Module) -> Step:
             std = (share.T @ x.square().mean((2, 3)) - mean.square()).clamp(min=1e-10).sqrt()
             target_mean, target_std = hooked.mean[layer], hooked.std[layer]
             align = F.mse_loss(mean, target_mean) + F.mse_loss(std, target_std)
-            noisy_mean = target_mean + CONFIG.noise_mean * torch.randn_like(target_mean)
-            noisy_std = target_std + CONFIG.noise_spread * torch.randn_like(target_std)
+            noisy_mean = target_mean + config.noise_mean * torch.randn_like(target_mean)
+            noisy_std = target_std + config.noise_spread * torch.randn_like(target_std)
             diverse = F.mse_loss(mean, noisy_mean) + F.mse_loss(std, noisy_std)
-            loss = loss + CONFIG.alignment_weight * align + CONFIG.diversity_weight * diverse
+            loss = loss + (config.alignment_weight * align + config.diversity_weight * diverse) / hooked.layers
             moved.append((mean.detach(), std.detach()))
         loss.backward()
         for layer, (mean, std) in enumerate(moved, hooked.first):
-            hooked.mean[layer].lerp_(mean, 1 - CONFIG.decay)
-            hooked.std[layer].lerp_(std, 1 - CONFIG.decay)
+            hooked.mean[layer].lerp_(mean, 1 - config.decay)
+            hooked.std[layer].lerp_(std, 1 - config.decay)
+        return loss.detach()
 
     return step
 
 
-def loops_step(network: nn.Module) -> Step:
-    hooked = Hooked(network)
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        loss = F.cross_entropy(hooked.forward(images), labels) + CONFIG.bns_weight * hooked.bns()
+def loops_step(hooked: Hooked, config: SynthesisConfig = CONFIG) -> Step:
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = F.cross_entropy(hooked.forward(images), labels) + config.bns_weight * hooked.bns()
         means = [x.mean((0, 2, 3)) for x in hooked.inputs]
         stds = [x.var((0, 2, 3), correction=0).sqrt() for x in hooked.inputs]
         for label in labels:
@@ -143,29 +155,67 @@ def loops_step(network: nn.Module) -> Step:
                 loss = loss + F.mse_loss(means[layer], hooked.mean[layer][k])
                 loss = loss + F.mse_loss(stds[layer], hooked.std[layer][k])
         loss.backward()
+        return loss.detach()
 
     return step
 
 
-def check(network: nn.Module, images: Tensor) -> None:
-    """The fused statistics and the hooked ones must give the same BN alignment before anything is timed."""
-    hooked = Hooked(network)
-    hooked.forward(images.detach())
-    objective = SynthesisObjective(Teacher(network, (3, 32, 32)), CONFIG, seed=0)
-    ours = objective(images.detach(), torch.zeros(len(images), dtype=torch.int64)).terms["bns"]
-    torch.testing.assert_close(ours, hooked.bns(), rtol=1e-3, atol=1e-3)
+def check(network: nn.Module, images: Tensor, labels: Tensor) -> None:
+    """Before anything is timed: equal losses, gradients to the images, and moved centroids.
+
+    Without the noise of the diversity term, which is drawn anew. `hooks` on the images themselves; `loops`, which has
+    no class statistics, on a batch of one class, where those of the batch are those of the class.
+    """
+    # Weights that make all terms about equally large, so that none hides behind another.
+    quiet = replace(CONFIG, noise_mean=0.0, noise_spread=0.0, bns_weight=0.01)
+    objective, hooked = _same_centroids(network, images, labels, quiet)
+    _compare(clusterq_step(objective), hooks_step(hooked, quiet), images, labels)
+    assert objective.bank is not None
+    torch.testing.assert_close(torch.cat(hooked.mean[hooked.first :], 1), objective.bank.mean, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat(hooked.std[hooked.first :], 1), objective.bank.spread, rtol=1e-3, atol=1e-3)
+    # A sum over images and layers, where ours has the mean of both.
+    loops = replace(quiet, alignment_weight=float(len(images) * hooked.layers), diversity_weight=0.0)
+    objective, hooked = _same_centroids(network, images, labels, loops)
+    _compare(clusterq_step(objective), loops_step(hooked, loops), images, torch.full_like(labels, 3))
+
+
+def _same_centroids(
+    network: nn.Module, images: Tensor, labels: Tensor, config: SynthesisConfig
+) -> tuple[SynthesisObjective, Hooked]:
+    """Both with centroids away from the statistics of the images."""
+    objective, hooked = clusterq_objective(network, images, labels, config), Hooked(network)
+    assert objective.bank is not None
+    table = objective.bank.table
+    table.add_(torch.randn(table.shape, generator=torch.Generator().manual_seed(1)))
+    width = [norm.num_features for norm in hooked.norms[hooked.first :]]
+    hooked.mean[hooked.first :] = objective.bank.mean.clone().split(width, 1)
+    hooked.std[hooked.first :] = objective.bank.spread.clone().split(width, 1)
+    return objective, hooked
+
+
+def _compare(ours: Step, theirs: Step, images: Tensor, labels: Tensor) -> None:
+    results = []
+    for step in (ours, theirs):
+        leaf = images.detach().clone().requires_grad_()
+        results.append((step(leaf, labels), leaf.grad))
+    (loss, grad), (want_loss, want_grad) = results
+    torch.testing.assert_close(loss, want_loss, rtol=1e-3, atol=1e-3)
+    # All together: single values differ where rounding puts an activation on the other side of ReLU's zero.
+    difference = ((grad - want_grad).norm() / want_grad.norm()).item()
+    if not difference < 1e-3:
+        raise AssertionError(f"gradients to the images differ by {difference:.1e} of their norm")
 
 
 def teacher_case(batch: int) -> Case:
     network = build_network()
     images = torch.randn(batch, 3, 32, 32, requires_grad=True)
     labels = torch.arange(batch) % CLASSES
-    check(network, images)
+    check(network, images, labels)
     steps = {
-        "clusterq": clusterq_step(network, images, labels),
+        "clusterq": clusterq_step(clusterq_objective(network, images, labels)),
         "plain": plain_step(network),
-        "hooks": hooks_step(network),
-        "loops": loops_step(network),
+        "hooks": hooks_step(Hooked(network)),
+        "loops": loops_step(Hooked(network)),
     }
 
     def call(step: Step) -> None:

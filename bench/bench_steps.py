@@ -76,6 +76,29 @@ class EagerQuantizer(nn.Module):
         return _Round.apply((x / step).clamp(low, high)) * step
 
 
+class EagerRange(nn.Module):
+    """Live min/max of a weight's rows, or the range an activation quantizer has; gradient 1 everywhere but at ReLU."""
+
+    def __init__(self, quantizer: ActivationQuantizer | WeightQuantizer) -> None:
+        super().__init__()
+        self.relu = isinstance(quantizer, ActivationQuantizer)
+        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+        if self.relu:
+            self.register_buffer("low", quantizer.running_min.clone())
+            self.register_buffer("high", quantizer.running_max.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.relu:
+            x, low, high = functional.relu(x), self.low, self.high
+        else:
+            low, high = (v.view(-1, *[1] * (x.dim() - 1)) for v in x.detach().flatten(1).aminmax(dim=1))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / (self.quant_max - self.quant_min)
+        zero_point = (self.quant_min - low / scale).round()
+        code = (_Round.apply(x / scale) + zero_point).detach().clamp(self.quant_min, self.quant_max)
+        return x + ((code - zero_point) * scale - x).detach()
+
+
 class AoActivation(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -136,11 +159,28 @@ def build_networks(images: Tensor) -> dict[str, nn.Module]:
     return networks
 
 
-def check(ours: nn.Module, eager: nn.Module, images: Tensor) -> None:
-    """The eager form must compute what the ops compute before anything is timed: outputs and every gradient.
+def check(networks: dict[str, nn.Module], images: Tensor) -> None:
+    """Before anything is timed: what is written in torch's ops computes what each of ours computes.
 
-    In float64, where next to no value is so close to a tie that x / s and x * (1 / s) round to different codes.
+    `eager` and the same for symmetric weights: outputs and every gradient. The moving range: likewise, at rest, for
+    its ranges move with every forward of training. `torch.ao`: its activation quantizers against ours on the same
+    values; its weights are symmetric and clip the gradient where ours do neither, so the whole step cannot be equal.
     """
+    _compare(networks["clusterq"], networks["eager"], images)
+    symmetric = copy.deepcopy(networks["clusterq symmetric weights"])
+    for module in symmetric.modules():
+        if isinstance(module, WeightQuantizer):
+            # Symmetric steps may put the largest weight on the tie between the last code and the range's outside.
+            module.scale.data.mul_(1.01)
+    _compare(symmetric, _replaced(symmetric, EagerQuantizer), images)
+    moving = copy.deepcopy(networks["clusterq moving range"]).eval()
+    _compare(moving, _replaced(moving, EagerRange), images)
+    if "torch.ao" in networks:
+        _check_ao_activations(networks["clusterq moving range"], networks["torch.ao"])
+
+
+def _compare(ours: nn.Module, eager: nn.Module, images: Tensor) -> None:
+    """In float64, where next to no value is so close to a tie that x / s and x * (1 / s) round to different codes."""
     ours, eager, images = copy.deepcopy(ours).double(), copy.deepcopy(eager).double(), images.double()
     outputs = [ours(images), eager(images)]
     torch.testing.assert_close(*outputs, rtol=1e-7, atol=1e-7)
@@ -150,6 +190,26 @@ def check(ours: nn.Module, eager: nn.Module, images: Tensor) -> None:
     for name, parameter in ours.named_parameters():
         atol = 1e-6 * parameter.grad.abs().max().item()
         torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-6, atol=atol)
+
+
+def _check_ao_activations(ours: nn.Module, ao: nn.Module) -> None:
+    """Outputs and gradients in float32 on the first values that torch.ao's observer sees: codes equal but at ties."""
+    x = 3 * torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(2))
+    for name, theirs in ao.named_modules():
+        if not isinstance(theirs, AoActivation):
+            continue
+        quantizer, theirs = copy.deepcopy(ours.get_submodule(name)), copy.deepcopy(theirs).train()
+        with quantizer.calibrating("minmax"):
+            quantizer(x)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [quantizer.eval()(leaves[0]), theirs(leaves[1])]
+        scale = quantizer.qparams()[0].item()
+        apart = (outputs[0] - outputs[1]).abs()
+        if apart.max() > 1.001 * scale or (apart > 1e-3 * scale).float().mean() > 1e-4:
+            raise AssertionError(f"{name}: torch.ao quantizes activations to other codes")
+        grads = torch.autograd.grad([output.square().sum() for output in outputs], leaves)
+        if (grads[0] - grads[1]).abs().max() > 2.01 * scale or not torch.equal(grads[0] != 0, grads[1] != 0):
+            raise AssertionError(f"{name}: torch.ao has another gradient for activations")
 
 
 def training_step(network: nn.Module, images: Tensor, targets: Tensor) -> Call:
@@ -171,7 +231,7 @@ def step_case(batch: int) -> Case:
     images = torch.randn(batch, 3, 32, 32, generator=generator)
     targets = torch.randn(batch, 10, generator=generator)
     networks = build_networks(images)
-    check(networks["clusterq"], networks["eager"], images[:4])
+    check(networks, images[:4])
     return Case(
         "QAT step, ResNet-20 W4A4",
         f"batch {batch}",

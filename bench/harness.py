@@ -1,6 +1,6 @@
 """What the throughput suites share: cases and rows, bars and their verdict, options, facts about the run, JSON.
 
-A suite is a generator of `Case`s, each checked against its peers before it is handed out, and ends in
+A suite is a generator of `Case`s, each checked before it is handed out, and ends in
 
     main("centroids", __doc__, cases, ops=("nearest_centroid",))
 
@@ -177,7 +177,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Case:
-    """Contestants that take turns. Whoever builds one has compared their results.
+    """Contestants that take turns. Whoever builds one has compared the results of ours.
+
+    Each of ours agrees with a peer that computes the same, where need be on inputs and settings under which it does,
+    or else with float64. Not compared: floors that compute less (`clone`, `sum`, `plain`, `float`), a second peer with
+    the same formula that may round a tie the other way (`eager` per channel), random draws, and of `torch.ao` all but
+    its activation quantizers. The check of each suite says what it leaves out.
 
     Attributes:
         contestants: name -> call without arguments.

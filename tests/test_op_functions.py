@@ -179,6 +179,34 @@ def test_compiles_whole_for_any_size(name: str) -> None:
     assert graphs[0] == graphs[1] > 0, "another size was compiled again"
 
 
+# One per family; of the fake-quantize ops one is in test_fake_quant_registration.
+@pytest.mark.parametrize("name", ["batch_norm_with_statistics", "nearest_centroid"])
+def test_inductor_compiles_forward_and_backward(name: str) -> None:
+    """Between operations that it makes kernels of, and for an input whose strides it must hand on as they are."""
+    function, leaves = getattr(ops, name), LEAVES[name]
+    torch._dynamo.reset()
+
+    def step(x: Tensor, rest: Arguments) -> list[Tensor]:
+        return [t * 2 for t in tensors(function(x=x + 1, **rest))]
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="inductor")
+    for n in (5, 8):
+        runs = []
+        for run in (step, compiled):
+            arguments = FUNCTIONS[name](n, torch.float32)
+            if arguments["x"].dim() == 4:
+                arguments["x"] = arguments["x"].contiguous(memory_format=torch.channels_last)
+            wanted = [arguments[leaf].requires_grad_() for leaf in leaves]
+            outputs = run(arguments.pop("x"), arguments)
+            differentiable = [t for t in outputs if t.requires_grad]
+            assert differentiable
+            slopes = [values(t.shape, t.dtype, 5) for t in differentiable]
+            runs.append([*outputs, *torch.autograd.grad(differentiable, wanted, slopes)])
+        for eager, made in zip(*runs, strict=True):
+            assert made.dtype == eager.dtype
+            torch.testing.assert_close(made, eager, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", TRUE_DERIVATIVE)
 def test_gradient_is_the_true_derivative(name: str) -> None:
     arguments = FUNCTIONS[name](3, F64)

@@ -175,7 +175,8 @@ class Call:
         name: of the called module, or of the module whose forward calls the function.
         kind: `"module"`, or the name of the activation function or float operation that is called.
         activation: the call computes an activation function.
-        node: its place in the graph; None when the network could not be traced.
+        node: its place in the graph; None when the network could not be traced, and inside a BatchNorm layer, which is
+            one node with the activation function it applies.
     """
 
     name: str
@@ -245,8 +246,23 @@ def record_calls(model: nn.Module, example_input: Tensor | None = None) -> Calls
         graph = trace(model)
     except ValueError as error:
         return Calls(None if example_input is None else _watch(model, example_input), problem=str(error))
-    found = (_call_of(node) for node in graph.nodes)
-    return Calls([call for call in found if call is not None], graph)
+    names = {module: name for name, module in model.named_modules()}
+    calls: list[Call] = []
+    for node in graph.nodes:
+        call = _call_of(node)
+        if call is not None:
+            calls.append(call)
+            if call.kind == "module":
+                calls += _within_batch_norm(model.get_submodule(call.name), names)
+    return Calls(calls, graph)
+
+
+def _within_batch_norm(layer: nn.Module, names: dict[nn.Module, str]) -> Iterator[Call]:
+    """Activation functions that a subclass of BatchNorm holds and so applies, as timm's BatchNormAct2d: one node."""
+    if isinstance(layer, _BatchNorm):
+        for module in layer.modules():
+            if isinstance(module, ActivationQuantizer) or module_activation(module) is not None:
+                yield Call(names[module], "module", False)
 
 
 def _call_of(node: fx.Node) -> Call | None:
