@@ -1,161 +1,116 @@
 """Cost of the quantization-aware training step against training the network in floating point.
 
-    python bench/bench_steps.py [--threads 2] [--repeats 15] [--quick] [--json FILE]
+    python bench/bench_steps.py [--threads 2] [--repeats 15] [--network NAME ...] [--quick] [--json FILE]
     pytest bench/bench_steps.py --benchmark-only
 
-ResNet-20 on 32x32 images, W4A4, float32: student forward, distillation loss to stored teacher logits, backward, SGD
-step. `float` is the same network with frozen BatchNorm statistics, the same loss and the same optimizer.
+ResNet-20 and ResNet-18 with a CIFAR stem on 32x32 images, MobileNet-V2 on 64x64 ones, W4A4, float32: student forward,
+distillation loss to stored teacher logits, backward, SGD step. `float` is the same network with frozen BatchNorm
+statistics, the same loss and the same optimizer.
 
 - `clusterq`: `clusterq.prepare` with the quantization of preset `default`: asymmetric weights, learned steps,
   activation and quantization fused.
-- `clusterq symmetric weights`: the same with zero point 0 for the weights.
+- `clusterq symmetric weights` (ResNet-20): the same with zero point 0 for the weights.
 - `clusterq moving range`: activation ranges as moving averages and live weight ranges, nothing learned.
 - `eager`: the quantization of `clusterq` written with torch's round and clamp (LSQ).
 - `torch.ao`: `FusedMovingAvgObsFakeQuantize` for activations and per-channel weights, the counterpart of the moving
   range.
+- `Brevitas`: its layers in the first 300 steps, which follow a percentile of the activations; `Brevitas learned`: in
+  those after, which learn their scale. Left out, with a line, where it is not installed.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import math
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from fake_quant_peers import installed
+from harness import OURS as MAIN
 from harness import Bar, Call, Case, main
+from step_peers import AoActivation, brevitas, eager_learned, eager_ranges, torch_ao
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clusterq.config import preset
 from clusterq.networks import resnet20
-from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from clusterq.nn.quantizers import WeightQuantizer
 from clusterq.qat import calibrate, distillation_loss, freeze_batch_norm_statistics, prepare
 
 DEFAULT = preset("default").quantization
 SYMMETRIC = replace(DEFAULT, weight_symmetric=True)
 MOVING = replace(DEFAULT, learned_scale=False, weight_range="minmax", activation_range="ema", gradient="pass_through")
+SYMMETRIC_NAME, MOVING_NAME = f"{MAIN} symmetric weights", f"{MAIN} moving range"
+OURS = {MAIN: DEFAULT, SYMMETRIC_NAME: SYMMETRIC, MOVING_NAME: MOVING}
 TEMPERATURE = 20.0
-OURS = ("clusterq", "clusterq symmetric weights", "clusterq moving range")
 
 
-class _Round(torch.autograd.Function):
-    """Rounding with a straight-through gradient; adding a detached difference instead would miss whole numbers."""
+def resnet18() -> nn.Module:
+    """torchvision's with the stem for small images: 3x3, stride 1, no pooling."""
+    from torchvision.models import resnet18 as build
 
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
+    network = build(num_classes=10)
+    network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+    return network
 
 
-class EagerQuantizer(nn.Module):
-    """LSQ in torch's own ops, per channel for weights, per tensor behind ReLU: counterpart of a learned quantizer."""
+def mobilenet_v2() -> nn.Module:
+    """torchvision's without dropout, which would draw other units for every contestant."""
+    from torchvision.models import mobilenet_v2 as build
 
-    def __init__(self, quantizer: ActivationQuantizer | WeightQuantizer) -> None:
-        super().__init__()
-        self.relu = isinstance(quantizer, ActivationQuantizer)
-        self.scale, self.quant_max = quantizer.scale, quantizer.quant_max
-        # Values that round to an outermost code still pass the gradient, so the clamp sits just inside the next tie.
-        low, high = (code - quantizer.zero_point.float() for code in (quantizer.quant_min, quantizer.quant_max))
-        self.register_buffer("low", torch.nextafter(low - 0.5, high))
-        self.register_buffer("high", torch.nextafter(high + 0.5, low))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.relu:
-            x = functional.relu(x)
-        scale, low, high = (t.view(-1, *[1] * (x.dim() - 1)) for t in (self.scale, self.low, self.high))
-        factor = 1.0 / math.sqrt(x[:1].numel() * self.quant_max)
-        step = (scale - scale * factor).detach() + scale * factor
-        return _Round.apply((x / step).clamp(low, high)) * step
+    return build(num_classes=10, dropout=0.0)
 
 
-class EagerRange(nn.Module):
-    """Live min/max of a weight's rows, or the range an activation quantizer has; gradient 1 everywhere but at ReLU."""
+@dataclass(frozen=True)
+class Network:
+    """One network and the promises: time of the step with learned steps and with a moving range against float."""
 
-    def __init__(self, quantizer: ActivationQuantizer | WeightQuantizer) -> None:
-        super().__init__()
-        self.relu = isinstance(quantizer, ActivationQuantizer)
-        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
-        if self.relu:
-            self.register_buffer("low", quantizer.running_min.clone())
-            self.register_buffer("high", quantizer.running_max.clone())
+    title: str
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+    learned: float
+    moving: float
+    ours: Sequence[str] = (MAIN, MOVING_NAME)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.relu:
-            x, low, high = functional.relu(x), self.low, self.high
-        else:
-            low, high = (v.view(-1, *[1] * (x.dim() - 1)) for v in x.detach().flatten(1).aminmax(dim=1))
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / (self.quant_max - self.quant_min)
-        zero_point = (self.quant_min - low / scale).round()
-        code = (_Round.apply(x / scale) + zero_point).detach().clamp(self.quant_min, self.quant_max)
-        return x + ((code - zero_point) * scale - x).detach()
+    @property
+    def bars(self) -> dict[str, Bar]:
+        limits = {MAIN: self.learned, MOVING_NAME: self.moving}
+        return {name: Bar("float", limit, "at most x of the time") for name, limit in limits.items()}
 
 
-class AoActivation(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
-
-        self.fake_quantize = FusedMovingAvgObsFakeQuantize(
-            observer=MovingAverageMinMaxObserver, quant_min=0, quant_max=15, dtype=torch.quint8
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fake_quantize(functional.relu(x))
+NETWORKS: Mapping[str, Network] = {
+    "resnet20": Network("ResNet-20", resnet20, 128, 32, 1.10, 1.05, tuple(OURS)),
+    "resnet18": Network("ResNet-18", resnet18, 32, 32, 1.08, 1.05),
+    "mobilenet_v2": Network("MobileNet-V2", mobilenet_v2, 64, 64, 1.12, 1.08),
+}
 
 
-def _ao_weight() -> nn.Module:
-    from torch.ao.quantization import FusedMovingAvgObsFakeQuantize, MovingAveragePerChannelMinMaxObserver
-
-    return FusedMovingAvgObsFakeQuantize(
-        observer=MovingAveragePerChannelMinMaxObserver,
-        quant_min=-8,
-        quant_max=7,
-        dtype=torch.qint8,
-        qscheme=torch.per_channel_symmetric,
-    )
-
-
-def _replaced(student: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of a prepared network with other quantizers in the places of its own."""
-    student = copy.deepcopy(student)
-    for parent in list(student.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, (ActivationQuantizer, WeightQuantizer)):
-                setattr(parent, name, make(child))
-    return student.train()
-
-
-def build_networks(images: Tensor) -> dict[str, nn.Module]:
+def build_networks(images: Tensor, kind: Network = NETWORKS["resnet20"]) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    network = resnet20()
+    network = kind.build()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # The statistics of this batch: frozen ones that are not the data's let activations grow or vanish.
+            module.momentum = 1.0
     with torch.no_grad():
         network(images)
     floating = copy.deepcopy(network).train()
     freeze_batch_norm_statistics(floating)
     networks = {}
-    for name, config in zip(OURS, (DEFAULT, SYMMETRIC, MOVING), strict=True):
-        networks[name] = prepare(network, config)
+    for name in kind.ours:
+        networks[name] = prepare(network, OURS[name], example_input=images[:2])
         calibrate(networks[name], images)
         networks[name].train()
     networks["float"] = floating
-    networks["eager"] = _replaced(networks["clusterq"], EagerQuantizer)
+    networks["eager"] = eager_learned(networks[MAIN])
     if importlib.util.find_spec("torch.ao.quantization") is not None:
-        with warnings.catch_warnings():
-            # torch.ao announces its own retirement on each construction.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            networks["torch.ao"] = _replaced(
-                networks["clusterq moving range"],
-                lambda m: AoActivation() if isinstance(m, ActivationQuantizer) else _ao_weight(),
-            )
+        networks["torch.ao"] = torch_ao(networks[MOVING_NAME])
+    if installed("brevitas"):
+        networks["Brevitas"] = brevitas(networks[MAIN], images, learned=False)
+        networks["Brevitas learned"] = brevitas(networks[MAIN], images, learned=True)
     return networks
 
 
@@ -165,18 +120,22 @@ def check(networks: dict[str, nn.Module], images: Tensor) -> None:
     `eager` and the same for symmetric weights: outputs and every gradient. The moving range: likewise, at rest, for
     its ranges move with every forward of training. `torch.ao`: its activation quantizers against ours on the same
     values; its weights are symmetric and clip the gradient where ours do neither, so the whole step cannot be equal.
+    Brevitas' ranges are its own: that its weights and activations take no more values than ours.
     """
-    _compare(networks["clusterq"], networks["eager"], images)
-    symmetric = copy.deepcopy(networks["clusterq symmetric weights"])
-    for module in symmetric.modules():
-        if isinstance(module, WeightQuantizer):
-            # Symmetric steps may put the largest weight on the tie between the last code and the range's outside.
-            module.scale.data.mul_(1.01)
-    _compare(symmetric, _replaced(symmetric, EagerQuantizer), images)
-    moving = copy.deepcopy(networks["clusterq moving range"]).eval()
-    _compare(moving, _replaced(moving, EagerRange), images)
+    _compare(networks[MAIN], networks["eager"], images)
+    if SYMMETRIC_NAME in networks:
+        symmetric = copy.deepcopy(networks[SYMMETRIC_NAME])
+        for module in symmetric.modules():
+            if isinstance(module, WeightQuantizer):
+                # Symmetric steps may put the largest weight on the tie between the last code and the range's outside.
+                module.scale.data.mul_(1.01)
+        _compare(symmetric, eager_learned(symmetric), images)
+    moving = copy.deepcopy(networks[MOVING_NAME]).eval()
+    _compare(moving, eager_ranges(moving), images)
     if "torch.ao" in networks:
-        _check_ao_activations(networks["clusterq moving range"], networks["torch.ao"])
+        _check_ao_activations(networks[MOVING_NAME], networks["torch.ao"])
+    for name in {"Brevitas", "Brevitas learned"} & set(networks):
+        _check_brevitas(networks[name])
 
 
 def _compare(ours: nn.Module, eager: nn.Module, images: Tensor) -> None:
@@ -212,6 +171,22 @@ def _check_ao_activations(ours: nn.Module, ao: nn.Module) -> None:
             raise AssertionError(f"{name}: torch.ao has another gradient for activations")
 
 
+def _check_brevitas(network: nn.Module) -> None:
+    """On a copy, for its activation quantizers count the batches they see."""
+    from brevitas import nn as qnn
+
+    x = 3 * torch.randn(4, 16, 32, 32, generator=torch.Generator().manual_seed(2))
+    for name, module in copy.deepcopy(network).named_modules():
+        if isinstance(module, qnn.QuantReLU):
+            rows = [module(x)]
+        elif isinstance(module, (qnn.QuantConv2d, qnn.QuantLinear)):
+            rows = list(module.quant_weight().value)
+        else:
+            continue
+        if max(row.unique().numel() for row in rows) > 16:
+            raise AssertionError(f"{name}: Brevitas quantizes to more than 4 bits")
+
+
 def training_step(network: nn.Module, images: Tensor, targets: Tensor) -> Call:
     optimizer = torch.optim.SGD(
         network.parameters(), lr=1e-6, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True
@@ -226,32 +201,47 @@ def training_step(network: nn.Module, images: Tensor, targets: Tensor) -> Call:
     return step
 
 
-def step_case(batch: int) -> Case:
+def step_case(name: str, batch: int | None = None) -> Case:
+    """One network at its own batch, or at another."""
+    kind = NETWORKS[name]
+    batch = batch or kind.batch
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(batch, 3, 32, 32, generator=generator)
+    images = torch.randn(batch, 3, kind.size, kind.size, generator=generator)
     targets = torch.randn(batch, 10, generator=generator)
-    networks = build_networks(images)
+    networks = build_networks(images, kind)
     check(networks, images[:4])
     return Case(
-        "QAT step, ResNet-20 W4A4",
+        f"QAT step, {kind.title} W4A4",
         f"batch {batch}",
         {name: training_step(network, images, targets) for name, network in networks.items()},
-        bar=Bar("float", 1.15, "at most x of the time"),
-        ours=OURS,
+        bar=kind.bars,
+        ours=kind.ours,
     )
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    yield step_case(4 if quick else 128)
+def cases(quick: bool, networks: Sequence[str] = tuple(NETWORKS)) -> Iterator[Case]:
+    for name in networks:
+        if name != "resnet20" and importlib.util.find_spec("torchvision") is None:
+            print(f"  left out: {name}, torchvision is not installed", flush=True)
+            continue
+        yield step_case(name, 2 if quick else None)
 
 
-@pytest.mark.parametrize("contestant", [*OURS, "float", "eager", "torch.ao"])
+@pytest.mark.parametrize("contestant", [*OURS, "float", "eager", "torch.ao", "Brevitas"])
 def test_training_step(benchmark: Any, contestant: str) -> None:
-    case = step_case(32)
+    case = step_case("resnet20", 32)
     if contestant not in case.contestants:
-        pytest.skip("this torch has no torch.ao.quantization")
+        pytest.skip(f"{contestant} is not installed")
     case.benchmark(benchmark, contestant)
 
 
 if __name__ == "__main__":
-    main("steps", __doc__, cases, ops=("fake_quantize", "fake_quantize_learned_backward"), repeats=15)
+    main(
+        "steps",
+        __doc__,
+        cases,
+        ops=("fake_quantize", "fake_quantize_learned_backward"),
+        repeats=15,
+        choice="network",
+        choices=tuple(NETWORKS),
+    )

@@ -63,7 +63,8 @@ PY
 }
 
 cases() {
-  "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/kernel_cases.py "$@"
+  "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/kernel_cases.py \
+    tests/kernel_mask_cases.py "$@"
 }
 
 tests() {

@@ -28,7 +28,7 @@ FLAGGED = 1.1
 
 @dataclass(frozen=True)
 class Change:
-    """One row of ours in two runs, in milliseconds; None where one run lacks it."""
+    """One row of ours in two runs, in milliseconds or bytes; None where one run lacks it."""
 
     suite: str
     title: str
@@ -61,14 +61,14 @@ def compare(old: Sequence[Record], new: Sequence[Record]) -> list[Change]:
 
 
 def own_times(records: Iterable[Record]) -> dict[tuple[str, str], float]:
-    return {(r.suite, row.title): row.milliseconds[row.ours] for r in records for row in r.rows}
+    return {(r.suite, row.title): row.costs[row.ours] for r in records for row in r.rows}
 
 
 def differences(old: Sequence[Record], new: Sequence[Record]) -> list[str]:
     """What makes the times of two runs hard to compare, one line each."""
     before = {record.suite: record.facts for record in old}
     pairs = [(r.suite, before[r.suite], r.facts) for r in new if r.suite in before]
-    names = ("threads", "processor", "cpu_capability", "torch", "quick", "kernels")
+    names = ("threads", "processor", "cpu_capability", "torch", "quick", "kernels", "allocator")
     return [
         f"{suite}: {name} was {getattr(was, name)}, now {getattr(now, name)}"
         for suite, was, now in pairs
@@ -94,10 +94,9 @@ def bars(records: Sequence[Record]) -> str:
     for record in records:
         for row in record.rows:
             if row.bar is not None:
-                measured = row.bar.measured(row.ratio[row.bar.peer])
                 verdict = "met" if row.met else "MISSED"
                 rows.append(
-                    [record.suite, row.title, str(row.bar), f"{measured:.2f}", verdict, f"`{record.facts.command}`"]
+                    [record.suite, row.title, str(row.bar), f"{row.measured:.2f}", verdict, f"`{record.facts.command}`"]
                 )
     return table(rows) if len(rows) > 1 else "No bars: they are promised for the full shapes, which none of these ran."
 
@@ -134,9 +133,8 @@ def render(records: Sequence[Record], compared: str = "") -> str:
 
 
 def cells(row: Row) -> list[str]:
-    peers = ", ".join(f"{peer}: {show(row.milliseconds[peer])} ({ratio:.2f}x)" for peer, ratio in row.ratio.items())
-    bar = "" if row.bar is None else f"{row.bar}: {'met' if row.met else 'MISSED'}"
-    return [row.title, show(row.milliseconds[row.ours]), peers, bar, row.note]
+    peers = ", ".join(f"{p}: {show(row.costs[p], row.unit)} ({ratio:.2f}x)" for p, ratio in row.ratio.items())
+    return [row.title, show(row.costs[row.ours], row.unit), peers, row.verdict, row.notes]
 
 
 def run_suites(names: Sequence[str], arguments: Sequence[str], folder: Path) -> list[str]:
@@ -184,7 +182,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def suite_arguments(options: argparse.Namespace) -> list[str]:
     """The shared options as a suite takes them."""
     repeats = ["--repeats", str(options.repeats)] if options.repeats else []
-    return ["--threads", str(options.threads), *repeats, *["--quick"] * options.quick]
+    allocator = ["--allocator", "system"] if options.allocator == "system" else []
+    return ["--threads", str(options.threads), *repeats, *allocator, *["--quick"] * options.quick]
 
 
 if __name__ == "__main__":

@@ -78,6 +78,22 @@ def _quantization_error(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     return values(shape, dtype), scales, torch.zeros_like(scales), -8, 7, 1
 
 
+def _masked(rule: str, axis: int | None, activation: str) -> OpCase:
+    plain = _fake_quantize(False, axis, activation)
+    return OpCase(lambda shape, dtype: (*plain.arguments(shape, dtype), rule))
+
+
+def _masked_backward(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    grad = values(shape, dtype)
+    mask = torch.arange((grad.numel() + 7) // 8) * 37 % 256
+    return grad, mask.to(torch.uint8), list(grad.stride())
+
+
+def _delayed(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    x, low, high, quant_min, quant_max, momentum, _, *rest = _observe(shape, dtype)
+    return x, low, high, quant_min, quant_max, momentum, *rest, "codes"
+
+
 def _statistics(count: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """`count` tensors [N, C]."""
     return tuple(values(shape[:2], compute_dtype(dtype), seed) for seed in range(1, count + 1))
@@ -87,6 +103,11 @@ def _channels(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
     """Center, scale and shift [C] of BatchNorm."""
     channel, wide = shape[1:2], compute_dtype(dtype)
     return values(channel, wide, 1), positive(channel, wide, 2), values(channel, wide, 3)
+
+
+def _codes(shape: Shape) -> Tensor:
+    """0 to 255 without visible order."""
+    return (torch.arange(math.prod(shape)) * 73 % 256).reshape(shape)
 
 
 def _labels(images: int) -> Tensor:
@@ -134,6 +155,26 @@ OP_CASES: dict[str, tuple[OpCase, ...]] = {
         OpCase(lambda shape, dtype: (values(shape, dtype), -8, 7, 1, False)),
     ),
     "observe_fake_quantize": (OpCase(_observe), OpCase(_observe_first)),
+    "fake_quantize_masked": (
+        _masked("codes", 1, "relu"),
+        _masked("real", None, "none"),
+        _masked("activation", 1, "relu6"),
+    ),
+    "fake_quantize_masked_backward": (OpCase(_masked_backward),),
+    "observe_fake_quantize_masked": (OpCase(lambda shape, dtype: (*_observe(shape, dtype), "codes")),),
+    "delayed_fake_quantize": (OpCase(_delayed),),
+    "fake_quantize_weights": (
+        OpCase(lambda shape, dtype: ([values(shape, dtype), values((4, 3), dtype, 1)], -8, 7, 0, True)),
+        OpCase(lambda shape, dtype: ([values((3, 4), dtype, 1), values(shape, dtype)], -2, 1, 1, False)),
+    ),
+    "finite_range": (
+        OpCase(lambda shape, dtype: (values(shape, dtype), 1, "none")),
+        OpCase(lambda shape, dtype: (values(shape, dtype), None, "relu6")),
+    ),
+    "pack_codes": (OpCase(lambda shape, dtype: ((_codes(shape) % 16).to(torch.uint8), 4)),),
+    "unpack_codes": (
+        OpCase(lambda shape, dtype: (_codes((*shape[:-1], (shape[-1] + 3) // 4)).to(torch.uint8), 2, shape[-1], True)),
+    ),
     "quantization_error": (OpCase(_quantization_error),),
     "instance_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype),)),),
     "batch_norm_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), 1)),),

@@ -1,10 +1,15 @@
 // Memory layouts and dtypes, once for the CPU and the CUDA kernels.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "check.h"
+#include "numerics.h"
 
 namespace clusterq {
 
@@ -37,6 +42,37 @@ inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
   Tensor copy = torch::stable::empty_like(x);
   torch::stable::copy_(copy, grad);
   return copy;
+}
+
+// An empty tensor with dtype and sizes of x and the strides given.
+inline Tensor empty_with_strides(const Tensor& x, const std::vector<int64_t>& stride) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 7> stack{
+      from(x),           from(x.sizes()), from(stride), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+      from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Whether every element has memory of its own and none is left between them.
+inline bool fills_memory(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (x.size(d) != 1) dimensions.emplace_back(x.stride(d), x.size(d));
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dimensions) {
+    if (stride != reach) return x.numel() == 0;
+    reach *= size;
+  }
+  return true;
+}
+
+inline Rule rule_of(const std::string& name) {
+  if (name == "codes") return Rule::kCodes;
+  if (name == "real") return Rule::kReal;
+  STD_TORCH_CHECK(name == "activation", "rule must be codes, real or activation");
+  return Rule::kActivation;
 }
 
 // Calls `body` with a value of the element type and one of the arithmetic type; the caller names its 16-bit types.

@@ -88,6 +88,64 @@ CLUSTERQ_INLINE A masked_gradient(A x, A grad, const Grid<A>& grid, const Activa
   return x < activation.high ? inside : A(0);
 }
 
+// Which elements the gradient reaches, besides activation'(x) != 0: those whose code lies in the range, those that lie
+// in the real range between the outermost codes, or all finite ones.
+enum class Rule { kCodes, kReal, kActivation };
+
+// The quantized value, and 1 where the gradient reaches x, else 0.
+template <typename A>
+struct Masked {
+  A value, inside;
+};
+
+template <Rule kRule, typename A>
+CLUSTERQ_INLINE Masked<A> masked_quantize(A x, const Grid<A>& grid, const Activation<A>& activation) {
+  const A low = grid.quant_min - grid.zero_point, high = grid.quant_max - grid.zero_point;
+  const A v = clamp(x, activation.low, activation.high);
+  const A rounded = round_even(v * grid.inverse);
+  const A bounded = clamp(rounded, low, high);
+  A inside = A(1);
+  if (kRule == Rule::kCodes) inside = rounded == bounded ? inside : A(0);
+  if (kRule == Rule::kReal) {
+    inside = v >= low * grid.scale ? inside : A(0);
+    inside = v <= high * grid.scale ? inside : A(0);
+  }
+  inside = x > activation.low ? inside : A(0);
+  inside = x < activation.high ? inside : A(0);
+  return {(bounded + A(0)) * grid.scale, inside};
+}
+
+// The same mask as two tests, for kernels that keep no rule in their code: first <= x <= last, and the code in the
+// range unless `any_code`.
+template <typename A>
+struct Pass {
+  A first, last;
+};
+
+// Of the activation and the rule, before any grid is known. An activation lets through what lies strictly within its
+// bounds, as far as these are finite.
+template <typename A>
+inline Pass<A> to_pass(const Activation<A>& activation, Rule rule) {
+  constexpr A inf = std::numeric_limits<A>::infinity(), largest = std::numeric_limits<A>::max();
+  Pass<A> pass{activation.low > -inf ? std::nextafter(activation.low, inf) : -inf,
+               activation.high < inf ? std::nextafter(activation.high, -inf) : inf};
+  if (rule != Rule::kActivation) return pass;
+  return {pass.first < -largest ? -largest : pass.first, pass.last > largest ? largest : pass.last};
+}
+
+// Narrowed to the values of the outermost codes.
+template <typename A>
+CLUSTERQ_INLINE Pass<A> to_real(const Pass<A>& pass, const Grid<A>& grid) {
+  const A low = (grid.quant_min - grid.zero_point) * grid.scale, high = (grid.quant_max - grid.zero_point) * grid.scale;
+  return {low > pass.first ? low : pass.first, high < pass.last ? high : pass.last};
+}
+
+// `ratio` is the rounded x / scale, before the activation: where that matters, `pass` fails.
+template <typename A>
+CLUSTERQ_INLINE bool passes(A x, A ratio, const Steps<A>& steps, const Pass<A>& pass, bool any_code) {
+  return (any_code | (clamp(ratio, steps.low, steps.high) == ratio)) & (x >= pass.first) & (x <= pass.last);
+}
+
 // What one element contributes: dX = x, dS += grad * slope, dZ -= outside * scale; all of them 0 for a NaN.
 template <typename A>
 struct LearnedTerm {

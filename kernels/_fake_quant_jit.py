@@ -5,8 +5,8 @@ clamp; comparisons and selects keep NaN. Launches switch floating-point contract
 few float32 adds per lane, then float64, then a second launch over the partial sums.
 
 A matrix [rows, cols] is cols wide in memory; its cols come as col_groups * GROUP, which tells the compiler how wide it
-may access memory. LAST says that the channel is the column. Otherwise the channel of a row is row % channels, of an
-element of [outer, channels, cols] the middle index.
+may access memory (GROUP 0: as an int64). LAST says that the channel is the column. Otherwise the channel of a row is
+row % channels, of an element of [outer, channels, cols] the middle index.
 """
 
 import triton
@@ -27,6 +27,11 @@ def cast(value, TYPE: tl.constexpr):
         rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.uint32).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)
     return value.to(TYPE)
+
+
+@triton.jit
+def columns(col_groups, GROUP: tl.constexpr):
+    return col_groups.to(tl.int64) if GROUP == 0 else col_groups * GROUP
 
 
 @triton.jit
@@ -53,9 +58,9 @@ def reciprocal(scale):
 
 @triton.jit
 def clamp(q, low, high):
-    # Comparisons with NaN are false, so NaN stays.
-    q = tl.where(q < low, low, q)
-    return tl.where(q > high, high, q)
+    # NaN stays NaN.
+    q = tl.maximum(q, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(q, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -68,7 +73,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _passes(inside, x, ACTIVATION: tl.constexpr):
+def passes(inside, x, ACTIVATION: tl.constexpr):
     """Where the gradient reaches x: the code was not clamped and x lies strictly inside the activation's slope."""
     if ACTIVATION >= 1:
         inside = inside & (x > 0.0)
@@ -84,7 +89,7 @@ def quantized(x, grad, scale, inverse, zero, low, high, OP: tl.constexpr, ACTIVA
     else:
         code = round_half_even(activate(x, ACTIVATION) * inverse) + zero
         if OP == BACKWARD:
-            value = tl.where(_passes((code >= low) & (code <= high), x, ACTIVATION), grad, 0.0)
+            value = tl.where(passes((code >= low) & (code <= high), x, ACTIVATION), grad, 0.0)
         elif OP == QUANTIZE:
             # Integers have no NaN: it becomes the code of 0.
             value = clamp(tl.where(code == code, code, zero), low, high)
@@ -124,7 +129,7 @@ def flat_kernel(
         tl.store(out_ptr + offs, cast(value, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["quant_min", "quant_max"])
+@triton.jit(do_not_specialize=["channels", "col_groups", "quant_min", "quant_max"])
 def tile_kernel(
     out_ptr, x_ptr, grad_ptr, scale_ptr, zero_ptr, rows, col_groups, channels, quant_min, quant_max,
     OP: tl.constexpr, ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr,
@@ -132,7 +137,7 @@ def tile_kernel(
 ):  # fmt: skip
     """A scale per channel over a matrix [rows, cols]: the channel is the column (LAST) or row % channels."""
     real: tl.constexpr = scale_ptr.dtype.element_ty
-    cols = col_groups * GROUP
+    cols = columns(col_groups, GROUP)
     col_blocks = tl.cdiv(cols, BLOCK_K)
     pid = tl.program_id(0)
     row = (pid // col_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -184,7 +189,7 @@ def _learned_terms(x, grad, inverse, zero, low, high, ACTIVATION: tl.constexpr):
     below = code < low
     above = code > high
     inside = (code >= low) & (code <= high)
-    dx = tl.where(_passes(inside, x, ACTIVATION), grad, 0.0)
+    dx = tl.where(passes(inside, x, ACTIVATION), grad, 0.0)
     step = tl.where(below, low - zero, high - zero)
     outside = below | above
     dscale = tl.where(inside, grad * (rounded - scaled), tl.where(outside, grad * step, 0.0))
@@ -229,7 +234,7 @@ def learned_flat_kernel(
     tl.store(partial_ptr + tl.num_programs(0) + pid, tl.sum(sum_zero.to(tl.float64), 0))
 
 
-@triton.jit(do_not_specialize=["quant_min", "quant_max"])
+@triton.jit(do_not_specialize=["channels", "col_groups", "splits", "quant_min", "quant_max"])
 def learned_tile_kernel(
     dx_ptr, partial_ptr, x_ptr, grad_ptr, scale_ptr, zero_ptr, outer, channels, col_groups, splits, quant_min,
     quant_max, ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -243,7 +248,7 @@ def learned_tile_kernel(
     real: tl.constexpr = scale_ptr.dtype.element_ty
     low = quant_min.to(real)
     high = quant_max.to(real)
-    cols = col_groups * GROUP
+    cols = columns(col_groups, GROUP)
     col_blocks = tl.cdiv(cols, BLOCK_K)
     pid = tl.program_id(0)
     if LAST:
@@ -278,7 +283,7 @@ def learned_tile_kernel(
         tl.store(at + second, tl.sum(tl.sum(sum_zero.to(tl.float64), 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "channels"])
 def learned_finish_kernel(
     dscale_ptr, dzero_ptr, partial_ptr, scale_ptr, splits, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr
 ):

@@ -1,4 +1,4 @@
-"""Triton kernels that find ranges: weights with live ranges, and the running range of an observer.
+"""Triton kernels that find ranges, and what follows from a range: scale, zero point, the running range of an observer.
 
 NaN and infinities are left out of every range. Formulas from range to scale and zero point are those of the reference
 in `clusterq.ops`, to the bit. Layout words (LAST, GROUP, tiles) as in `_fake_quant_jit`.
@@ -7,15 +7,14 @@ in `clusterq.ops`, to the bit. Layout words (LAST, GROUP, tiles) as in `_fake_qu
 import triton
 import triton.language as tl
 
-from ._fake_quant_jit import FORWARD, activate, cast, clamp, quantized, reciprocal, round_half_even, tile_at
+from ._fake_quant_jit import activate, clamp, columns, round_half_even, tile_at
 
 
 @triton.jit
-def finite_range(x, mask, ACTIVATION: tl.constexpr):
-    """Candidates for the smallest and the largest element; NaN and infinities are left out."""
+def finite_or_nan(x, mask, ACTIVATION: tl.constexpr):
+    """NaN for what is left out of a range: tl.minimum and tl.maximum pass it over."""
     x = activate(x, ACTIVATION)
-    mask = mask & (tl.abs(x) < float("inf"))
-    return tl.where(mask, x, float("inf")), tl.where(mask, x, -float("inf"))
+    return tl.where(mask & (tl.abs(x) < float("inf")), x, float("nan"))
 
 
 @triton.jit
@@ -24,7 +23,7 @@ def _divide(a, b):
 
 
 @triton.jit
-def _qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC: tl.constexpr):
+def qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC: tl.constexpr):
     """Scale and zero point of the ranges [low, high]; low > high means that nothing finite was seen."""
     real: tl.constexpr = low.dtype
     smallest = quant_min.to(real)
@@ -47,161 +46,150 @@ def _qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC: tl.cons
     return scale, zero
 
 
-@triton.jit(do_not_specialize=["quant_min", "quant_max", "symmetric_zero"])
-def weight_kernel(
-    y_ptr, w_ptr, scale_ptr, zero_ptr, outer, channels, col_groups, tiles, quant_min, quant_max, symmetric_zero,
-    SYMMETRIC: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    SINGLE: tl.constexpr,
-):  # fmt: skip
-    """Range, scale, zero point and values of one channel (LAST: BLOCK_K channels), which one program walks twice.
+@triton.jit
+def moved(low, high, now_low, now_high, momentum, rest):
+    """The range [low, high] moved toward [now_low, now_high]; an empty one leaves it alone."""
+    seen = now_low <= now_high
+    first = low > high
+    old = tl.full(low.shape, momentum, low.dtype)
+    new = tl.full(low.shape, rest, low.dtype)
+    new_low = tl.where(first, now_low, old * low + new * now_low)
+    new_high = tl.where(first, now_high, old * high + new * now_high)
+    return tl.where(seen, new_low, low), tl.where(seen, new_high, high)
 
-    SINGLE: the channel is one tile and stays in registers, so that w is read once.
+
+@triton.jit
+def ends_of(partial_ptr, channel, channels, splits, real: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Ends of partial [2, splits, channels] over splits, for channels `channel` [BLOCK_C]."""
+    lowest = tl.full([BLOCK_S, BLOCK_C], float("inf"), real)
+    highest = tl.full([BLOCK_S, BLOCK_C], -float("inf"), real)
+    second = splits.to(tl.int64) * channels
+    start = 0
+    while start < splits:
+        split = start + tl.arange(0, BLOCK_S)
+        at = partial_ptr + split.to(tl.int64)[:, None] * channels + channel[None, :]
+        mask = (split < splits)[:, None] & (channel < channels)[None, :]
+        lowest = tl.minimum(lowest, tl.load(at, mask=mask, other=float("inf")))
+        highest = tl.maximum(highest, tl.load(at + second, mask=mask, other=-float("inf")))
+        start += BLOCK_S
+    return tl.min(lowest, 0), tl.max(highest, 0)
+
+
+@triton.jit(do_not_specialize=["n", "second"])
+def range_flat_kernel(
+    low_ptr, high_ptr, x_ptr, min_ptr, max_ptr, n, second,
+    ACTIVATION: tl.constexpr, KEEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Smallest and largest finite element per program: low [programs], high [programs] from high_ptr + second on.
+
+    The programs go over x together, front to end. KEEP: the range before this step is copied behind `high`, where the
+    next kernel reads it while it overwrites the running one.
     """
-    real: tl.constexpr = scale_ptr.dtype.element_ty
-    cols = col_groups * GROUP
+    real: tl.constexpr = low_ptr.dtype.element_ty
     pid = tl.program_id(0)
+    programs = tl.num_programs(0)
+    if KEEP and pid == 0:
+        tl.store(high_ptr + second + programs, tl.load(min_ptr))
+        tl.store(high_ptr + second + programs + 1, tl.load(max_ptr))
+    lowest = tl.full([BLOCK], float("inf"), real)
+    highest = tl.full([BLOCK], -float("inf"), real)
+    tiles = n // BLOCK
+    tile = pid
+    while tile < tiles:
+        x = tl.load(x_ptr + tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)).to(real)
+        seen = finite_or_nan(x, x == x, ACTIVATION)
+        lowest = tl.minimum(lowest, seen)
+        highest = tl.maximum(highest, seen)
+        tile += programs
+    if pid == programs - 1:
+        offs = (tl.zeros([BLOCK], tl.int64) + tiles) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offs, mask=offs < n, other=0.0).to(real)
+        seen = finite_or_nan(x, offs < n, ACTIVATION)
+        lowest = tl.minimum(lowest, seen)
+        highest = tl.maximum(highest, seen)
+    tl.store(low_ptr + pid, tl.min(lowest, 0))
+    tl.store(high_ptr + second + pid, tl.max(highest, 0))
+
+
+@triton.jit(do_not_specialize=["outer", "channels", "col_groups", "splits", "tiles", "second"])
+def range_tile_kernel(
+    low_ptr, high_ptr, x_ptr, min_ptr, max_ptr, outer, channels, col_groups, splits, tiles, second,
+    ACTIVATION: tl.constexpr, KEEP: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Per split and channel: low [splits, channels], high from high_ptr + second on; KEEP as above.
+
+    LAST: a program has BLOCK_K channels, else one; of their tiles, numbers split, split + splits, ...
+    """
+    real: tl.constexpr = low_ptr.dtype.element_ty
+    cols = columns(col_groups, GROUP)
+    pid = tl.program_id(0)
+    if LAST:
+        col_blocks = tl.cdiv(cols, BLOCK_K)
+        split = pid // col_blocks
+        channel = (pid % col_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
+        valid = channel < cols
+    else:
+        split = pid // channels
+        channel = pid % channels
+        valid = channel < channels
+    if KEEP and split == 0:
+        kept = high_ptr + second + splits.to(tl.int64) * channels + channel
+        tl.store(kept, tl.load(min_ptr + channel, mask=valid), mask=valid)
+        tl.store(kept + channels, tl.load(max_ptr + channel, mask=valid), mask=valid)
     lowest = tl.full([BLOCK_R, BLOCK_K], float("inf"), real)
     highest = tl.full([BLOCK_R, BLOCK_K], -float("inf"), real)
-    channel = pid * BLOCK_K + tl.arange(0, BLOCK_K) if LAST else pid
-    if SINGLE:
-        offs, mask = tile_at(0, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
-        w = tl.load(w_ptr + offs, mask=mask, other=0.0).to(real)
-        lowest, highest = finite_range(w, mask, 0)
-    else:
-        tile = 0
-        while tile < tiles:
-            at, inside = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
-            low, high = finite_range(tl.load(w_ptr + at, mask=inside, other=0.0).to(real), inside, 0)
-            lowest = tl.minimum(lowest, low)
-            highest = tl.maximum(highest, high)
-            tile += 1
+    tile = split
+    while tile < tiles:
+        offs, mask = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
+        seen = finite_or_nan(tl.load(x_ptr + offs, mask=mask, other=0.0).to(real), mask, ACTIVATION)
+        lowest = tl.minimum(lowest, seen)
+        highest = tl.maximum(highest, seen)
+        tile += splits
     lowest = tl.min(lowest, 0)
     highest = tl.max(highest, 0)
     if not LAST:
         lowest = tl.min(lowest, 0)
         highest = tl.max(highest, 0)
-    scale, zero = _qparams(lowest, highest, quant_min, quant_max, symmetric_zero, SYMMETRIC)
-    if LAST:
-        tl.store(scale_ptr + channel, scale, mask=channel < cols)
-        tl.store(zero_ptr + channel, zero, mask=channel < cols)
-        inverse = reciprocal(scale)[None, :]
-        scale = scale[None, :]
-        zero = zero[None, :]
-    else:
-        tl.store(scale_ptr + channel, scale)
-        tl.store(zero_ptr + channel, zero)
-        inverse = reciprocal(scale)
-    least = quant_min.to(real)
-    most = quant_max.to(real)
-    if SINGLE:
-        value = quantized(w, w, scale, inverse, zero, least, most, FORWARD, 0)
-        tl.store(y_ptr + offs, cast(value, y_ptr.dtype.element_ty), mask=mask)
-    else:
-        tile = 0
-        while tile < tiles:
-            at, inside = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
-            x = tl.load(w_ptr + at, mask=inside, other=0.0).to(real)
-            value = quantized(x, x, scale, inverse, zero, least, most, FORWARD, 0)
-            tl.store(y_ptr + at, cast(value, y_ptr.dtype.element_ty), mask=inside)
-            tile += 1
+    at = split.to(tl.int64) * channels + channel
+    tl.store(low_ptr + at, lowest, mask=valid)
+    tl.store(high_ptr + second + at, highest, mask=valid)
 
 
-@triton.jit
-def range_flat_kernel(partial_ptr, x_ptr, n, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
-    """Smallest and largest finite element per program: partial [2, programs]."""
-    real: tl.constexpr = partial_ptr.dtype.element_ty
-    pid = tl.program_id(0)
-    start = pid.to(tl.int64) * (BLOCK * TILES)
-    lowest = tl.full([BLOCK], float("inf"), real)
-    highest = tl.full([BLOCK], -float("inf"), real)
-    if start + BLOCK * TILES <= n:
-        for tile in range(TILES):
-            x = tl.load(x_ptr + start + tile * BLOCK + tl.arange(0, BLOCK)).to(real)
-            low, high = finite_range(x, x == x, ACTIVATION)
-            lowest = tl.minimum(lowest, low)
-            highest = tl.maximum(highest, high)
-    else:
-        for tile in range(TILES):
-            offs = start + tile * BLOCK + tl.arange(0, BLOCK)
-            mask = offs < n
-            low, high = finite_range(tl.load(x_ptr + offs, mask=mask, other=0.0).to(real), mask, ACTIVATION)
-            lowest = tl.minimum(lowest, low)
-            highest = tl.maximum(highest, high)
-    tl.store(partial_ptr + pid, tl.min(lowest, 0))
-    tl.store(partial_ptr + tl.num_programs(0) + pid, tl.max(highest, 0))
-
-
-@triton.jit
-def range_tile_kernel(
-    partial_ptr, x_ptr, outer, channels, col_groups, splits,
-    ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
-    """Smallest and largest finite element per channel and split, work divided as in `learned_tile_kernel`."""
-    real: tl.constexpr = partial_ptr.dtype.element_ty
-    cols = col_groups * GROUP
-    col_blocks = tl.cdiv(cols, BLOCK_K)
-    pid = tl.program_id(0)
-    if LAST:
-        split = pid // col_blocks
-        channel = (pid % col_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    else:
-        split = pid // channels
-        channel = pid % channels
-    lowest = tl.full([BLOCK_R, BLOCK_K], float("inf"), real)
-    highest = tl.full([BLOCK_R, BLOCK_K], -float("inf"), real)
-    for i in range(TILES):
-        tile = split.to(tl.int64) * TILES + i
-        offs, mask = tile_at(tile, channel, outer, channels, cols, LAST, BLOCK_R, BLOCK_K)
-        low, high = finite_range(tl.load(x_ptr + offs, mask=mask, other=0.0).to(real), mask, ACTIVATION)
-        lowest = tl.minimum(lowest, low)
-        highest = tl.maximum(highest, high)
-    at = partial_ptr + split.to(tl.int64) * channels + channel
-    second = splits.to(tl.int64) * channels
-    if LAST:
-        tl.store(at, tl.min(lowest, 0), mask=channel < cols)
-        tl.store(at + second, tl.max(highest, 0), mask=channel < cols)
-    else:
-        tl.store(at, tl.min(tl.min(lowest, 1), 0))
-        tl.store(at + second, tl.max(tl.max(highest, 1), 0))
-
-
-@triton.jit(do_not_specialize=["splits", "quant_min", "quant_max", "symmetric_zero"])
+@triton.jit(do_not_specialize=["splits", "channels", "quant_min", "quant_max", "symmetric_zero"])
 def range_finish_kernel(
     scale_ptr, zero_ptr, min_ptr, max_ptr, partial_ptr, splits, channels, quant_min, quant_max, symmetric_zero,
     momentum: "fp64", rest: "fp64",  # noqa: F821 (Triton's names of scalar types)
-    SYMMETRIC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    QPARAMS: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Moves the running range by partial [2, splits, channels], if splits > 0, and writes scale and zero point."""
-    real: tl.constexpr = scale_ptr.dtype.element_ty
+    """Moves the running range by partial [2, splits, channels], if splits > 0.
+
+    QPARAMS: scale and zero point of the range before (1) or after (2) it moves; 0: none.
+    """
+    real: tl.constexpr = min_ptr.dtype.element_ty
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
     low = tl.load(min_ptr + channel, mask=valid, other=0.0)
     high = tl.load(max_ptr + channel, mask=valid, other=0.0)
+    if QPARAMS == 1:
+        scale, zero = qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC)
     if splits > 0:
-        lowest = tl.full([BLOCK_S, BLOCK_C], float("inf"), real)
-        highest = tl.full([BLOCK_S, BLOCK_C], -float("inf"), real)
-        second = splits.to(tl.int64) * channels
-        start = 0
-        while start < splits:
-            split = start + tl.arange(0, BLOCK_S)
-            at = partial_ptr + split.to(tl.int64)[:, None] * channels + channel[None, :]
-            mask = (split < splits)[:, None] & valid[None, :]
-            lowest = tl.minimum(lowest, tl.load(at, mask=mask, other=float("inf")))
-            highest = tl.maximum(highest, tl.load(at + second, mask=mask, other=-float("inf")))
-            start += BLOCK_S
-        now_low = tl.min(lowest, 0)
-        now_high = tl.max(highest, 0)
-        first = low > high
-        seen = now_low <= now_high
-        old = tl.full([BLOCK_C], momentum, real)
-        new = tl.full([BLOCK_C], rest, real)
-        new_low = tl.where(first, now_low, old * low + new * now_low)
-        new_high = tl.where(first, now_high, old * high + new * now_high)
-        low = tl.where(seen, new_low, low)
-        high = tl.where(seen, new_high, high)
+        now_low, now_high = ends_of(partial_ptr, channel, channels, splits, real, BLOCK_S, BLOCK_C)
+        low, high = moved(low, high, now_low, now_high, momentum, rest)
         tl.store(min_ptr + channel, low, mask=valid)
         tl.store(max_ptr + channel, high, mask=valid)
-    scale, zero = _qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC)
-    tl.store(scale_ptr + channel, scale, mask=valid)
-    tl.store(zero_ptr + channel, zero, mask=valid)
+    if QPARAMS == 2:
+        scale, zero = qparams(low, high, quant_min, quant_max, symmetric_zero, SYMMETRIC)
+    if QPARAMS > 0:
+        tl.store(scale_ptr + channel, scale, mask=valid)
+        tl.store(zero_ptr + channel, zero, mask=valid)
+
+
+@triton.jit(do_not_specialize=["splits", "channels"])
+def range_reduce_kernel(low_ptr, high_ptr, partial_ptr, splits, channels, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Range [channels] of partial [2, splits, channels]."""
+    real: tl.constexpr = low_ptr.dtype.element_ty
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    low, high = ends_of(partial_ptr, channel, channels, splits, real, BLOCK_S, BLOCK_C)
+    tl.store(low_ptr + channel, low, mask=channel < channels)
+    tl.store(high_ptr + channel, high, mask=channel < channels)

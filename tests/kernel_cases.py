@@ -51,12 +51,18 @@ class OnDevice:
         def carry(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
 
-        moved = [carry(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        def tensors(a):
+            return isinstance(a, list) and isinstance(a[0], torch.Tensor)
+
+        moved = [[carry(t) for t in a] if tensors(a) else a for a in arguments]
+        moved = [carry(a) if isinstance(a, torch.Tensor) else a for a in moved]
         results = op(*moved)
         for ours, theirs in zip(arguments, moved, strict=True):
             if isinstance(ours, torch.Tensor):
                 ours.copy_(theirs)
-        return results.cpu() if isinstance(results, torch.Tensor) else tuple(t.cpu() for t in results)
+        if isinstance(results, torch.Tensor):
+            return results.cpu()
+        return tuple([t.cpu() for t in r] if isinstance(r, list) else r.cpu() for r in results)
 
 
 fq = OnDevice()
@@ -138,7 +144,9 @@ def test_a_kernel_serves_every_op():
     wanted = {"triton"} if os.environ.get("CLUSTERQ_BACKEND") == "triton" else {"cuda", "triton"}
     for name in (
         "fake_quantize", "fake_quantize_backward", "fake_quantize_learned_backward", "quantize", "dequantize",
-        "fake_quantize_weight", "observe_fake_quantize",
+        "fake_quantize_weight", "fake_quantize_weights", "observe_fake_quantize", "fake_quantize_masked",
+        "fake_quantize_masked_backward", "observe_fake_quantize_masked", "delayed_fake_quantize", "finite_range",
+        "quantization_error", "pack_codes", "unpack_codes",
     ):  # fmt: skip
         assert kernels[name] in wanted, name
 

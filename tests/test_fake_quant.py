@@ -228,6 +228,7 @@ x4 = torch.zeros(2, 3, 4, 4)
         (lambda: ops.observe_fake_quantize(x4, fresh()[0], torch.zeros(2), 4), ValueError, "running_max has 2"),
         (lambda: ops.mse_range(x4, 0, 15, candidates=0), ValueError, "candidates is 0"),
         (lambda: ops.range_to_qparams(torch.zeros(2), torch.zeros(3), 0, 15), ValueError, "high has shape"),
+        (lambda: ops.range_to_qparams(torch.zeros(2), torch.zeros(2).double(), 0, 15), TypeError, "high has dtype"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], object], error: type[Exception], words: str) -> None:

@@ -124,8 +124,11 @@ def test_running_ranges_must_not_share_memory() -> None:
             ops.observe_fake_quantize(x, low, high, 4, axis=1)
         assert not low.any() and not high.any()
     same = torch.zeros(3)
-    with pytest.raises(ValueError, match="running_max is the same tensor as running_min"):
-        ops.observe_fake_quantize(x, same, same, 4, axis=1)
+    for other in (same, same.view(3), same.as_strided((3,), (1,))):
+        with pytest.raises(ValueError, match="running_max is the same memory as running_min"):
+            ops.observe_fake_quantize(x, same, other, 4, axis=1)
+    with pytest.raises(ValueError, match="running_min requires a gradient"):
+        ops.observe_fake_quantize(x, torch.zeros(3, requires_grad=True), torch.zeros(3), 4, axis=1)
     both = torch.zeros(3, 2)
     ops.observe_fake_quantize(x, both[:, 0], both[:, 1], 4, axis=1, momentum=0.0)
     assert torch.equal(both, torch.stack([x.amin((0, 2)), x.amax((0, 2))], 1))

@@ -84,6 +84,26 @@ def test_learned_gradients(dtype: torch.dtype, axis: int | None, activation: str
         torch.testing.assert_close(grad_zero.double(), want_zero, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("axis", [None, 1])
+def test_grad_factor_is_that_of_torch(axis: int | None) -> None:
+    torch.manual_seed(11)
+    x, grad = torch.randn(4, 5, 6, 6) * 2, torch.randn(4, 5, 6, 6)
+    channels = 1 if axis is None else 5
+    scale, zero_point = torch.rand(channels) * 0.1 + 0.2, torch.zeros(channels)
+    results = []
+    for ours in (True, False):
+        leaves = [v.clone().requires_grad_() for v in (x, scale, zero_point)]
+        if ours:
+            y = ops.fake_quantize(*leaves, -8, 7, axis=axis, gradient="learned", grad_factor=0.125)
+        elif axis is None:
+            y = torch._fake_quantize_learnable_per_tensor_affine(*leaves, -8, 7, 0.125)
+        else:
+            y = torch._fake_quantize_learnable_per_channel_affine(*leaves, axis, -8, 7, 0.125)
+        results.append(torch.autograd.grad(y, leaves, grad))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("zero_point", "slope"), [(-1.0, 8.0), (-3.0, 10.0), (2.5, 5.0), (-2.4, 9.0), (-20.0, 15.0)])
 def test_backward_uses_the_zero_point_of_the_forward(zero_point: float, slope: float) -> None:
     # torch's learnable per-tensor op adds 0.5 and truncates here, which moves every negative zero point.

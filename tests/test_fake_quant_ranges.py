@@ -190,3 +190,16 @@ def test_mse_range_of_nothing() -> None:
     assert scale.tolist() == [1.0] * 3 and zero_point.tolist() == [0.0] * 3
     scale, _ = ops.mse_range(torch.zeros(5), 0, 15)
     assert scale.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_qparams_of_a_16_bit_range_are_those_of_float32(dtype: torch.dtype) -> None:
+    # In bfloat16 the zero point would be 21888, in float16 the scale of the small range 0.
+    for ends, codes in (((-1.0, 2.0), (0, 65535)), ((-1e-3, 3e-3), (0, 255))):
+        low, high = (torch.tensor([end], dtype=dtype, requires_grad=True) for end in ends)
+        scale, zero_point = ops.range_to_qparams(low, high, *codes)
+        assert scale.dtype == zero_point.dtype == torch.float32 and not scale.requires_grad
+        steps = codes[1] - codes[0]
+        want = (high.double() - low.double()) / steps
+        torch.testing.assert_close(scale.double(), want, rtol=1e-6, atol=0)
+        assert zero_point.item() == codes[0] + round((-low.double() / want).item())

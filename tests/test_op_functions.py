@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -64,7 +64,9 @@ def classes(n: int) -> Arguments:
 # All arguments of every public function, for a size n.
 FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
     "fake_quantize": lambda n, dtype: (
-        {"x": images(n, dtype)} | grid(n, dtype) | {"gradient": "learned", "activation": "relu"}
+        {"x": images(n, dtype)}
+        | grid(n, dtype)
+        | {"gradient": "learned", "activation": "relu", "semantics": "aten", "save": "auto", "grad_factor": 0.5}
     ),
     "quantize": lambda n, dtype: {"x": images(n, dtype)} | grid(n, dtype),
     "dequantize": lambda n, dtype: {
@@ -94,6 +96,24 @@ FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
         "axis": 1,
         "gradient": "clipped",
         "activation": "none",
+        "save": "mask",
+        "delayed": False,
+        "process_group": None,
+    },
+    "fake_quantize_weights": lambda n, dtype: {
+        "weights": [images(n, dtype), values((n, 11), dtype)],
+        "bits": 4,
+        "axis": 0,
+        "symmetric": False,
+        "gradient": "clipped",
+    },
+    "finite_range": lambda n, dtype: {"x": images(n, dtype), "axis": 1, "activation": "relu"},
+    "pack_codes": lambda n, dtype: {"codes": (images(n, dtype) * 4).to(torch.int8), "bits": 4},
+    "unpack_codes": lambda n, dtype: {
+        "packed": torch.arange(4 * n, dtype=torch.uint8).reshape(4, n),
+        "bits": 4,
+        "length": 2 * n - 1,
+        "signed": True,
     },
     "range_to_qparams": lambda n, dtype: {
         "low": values((n,), dtype),
@@ -125,6 +145,7 @@ FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
 STRAIGHT_THROUGH = {
     "fake_quantize": ("x", "scale", "zero_point"),
     "fake_quantize_weight": ("w",),
+    "fake_quantize_weights": ("weights",),
     "observe_fake_quantize": ("x",),
 }
 TRUE_DERIVATIVE = {
@@ -137,7 +158,17 @@ TRUE_DERIVATIVE = {
     "merge_class_statistics": ("mean", "var"),
     "nearest_centroid": ("x", "centroids"),
 }
-NO_GRADIENT = {"quantize", "dequantize", "range_to_qparams", "mse_range", "update_centroids_", "assign_and_update_"}
+NO_GRADIENT = {
+    "quantize",
+    "dequantize",
+    "finite_range",
+    "pack_codes",
+    "unpack_codes",
+    "range_to_qparams",
+    "mse_range",
+    "update_centroids_",
+    "assign_and_update_",
+}
 LEAVES = STRAIGHT_THROUGH | TRUE_DERIVATIVE
 
 
@@ -149,7 +180,11 @@ def test_every_public_function_is_here_with_every_argument() -> None:
 
 
 def tensors(value: Any) -> list[Tensor]:
-    return [t for t in ((value,) if isinstance(value, Tensor) else value or ()) if isinstance(t, Tensor)]
+    """Of a value, or of a sequence of values and sequences, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    nested = isinstance(value, Iterable) and not isinstance(value, str)
+    return [t for part in value for t in tensors(part)] if nested else []
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -164,12 +199,12 @@ def test_compiles_whole_for_any_size(name: str) -> None:
         runs = []
         for run in (function, compiled):
             arguments = FUNCTIONS[name](n, torch.float32)
-            wanted = [arguments[leaf].requires_grad_() for leaf in leaves]
+            wanted = [t.requires_grad_() for leaf in leaves for t in tensors(arguments[leaf])]
             outputs = tensors(run(**arguments))
             differentiable = [t for t in outputs if t.requires_grad]
             slopes = [values(t.shape, t.dtype, 5) for t in differentiable]
             grads = torch.autograd.grad(differentiable, wanted, slopes) if leaves else ()
-            assert len(grads) == len(leaves)
+            assert len(grads) == len(wanted)
             # Arguments too, for those that are changed in place.
             runs.append([*outputs, *grads, *tensors(arguments.values())])
         assert len(runs[0]) == len(runs[1])

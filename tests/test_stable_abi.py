@@ -19,9 +19,14 @@ from clusterq import ops
 from clusterq.op_cases import OP_CASES, positive, values
 from clusterq.testing import FLOAT_DTYPES, layouts
 
-def digest(*tensors):
+def flat(values):
+    # All tensors in nested sequences.
+    parts = ([v] if isinstance(v, torch.Tensor) else flat(v) if isinstance(v, (list, tuple)) else [] for v in values)
+    return [t for part in parts for t in part]
+
+def digest(*values):
     sha = hashlib.sha256()
-    for t in tensors:
+    for t in flat(values):
         sha.update(f"{t.dtype} {tuple(t.shape)} {t.stride()}".encode())
         sha.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
@@ -39,8 +44,7 @@ for name, cases in OP_CASES.items():
                 out = op(*arguments)
                 out = () if out is None else (out,) if isinstance(out, torch.Tensor) else out
                 # The arguments too: some ops write into them.
-                tensors = (*out, *(a for a in arguments if isinstance(a, torch.Tensor)))
-                found[f"{name} {number} {dtype} {layout}"] = digest(*tensors)
+                found[f"{name} {number} {dtype} {layout}"] = digest(out, arguments)
 
 def gradients(name, function, *leaves):
     leaves = [leaf.requires_grad_() for leaf in leaves]
@@ -63,6 +67,17 @@ gradients(
     "observe_fake_quantize",
     lambda x: ops.observe_fake_quantize(x, -torch.ones(1), torch.ones(1), 4, activation="relu"),
     x.clone(),
+)
+gradients(
+    "observe_fake_quantize, delayed",
+    lambda x: ops.observe_fake_quantize(x * 1, -torch.ones(1), torch.ones(1), 4, delayed=True),
+    x.clone(),
+)
+gradients("fake_quantize, mask", lambda x: [ops.fake_quantize(x * 1, scale, 0, -8, 7, axis=1, save="mask")], x.clone())
+gradients(
+    "fake_quantize_weights",
+    lambda v, w: ops.fake_quantize_weights([v, w], 4, gradient="clipped")[0],
+    x.clone(), values((5, 2)),
 )
 gradients("instance_statistics", ops.instance_statistics, x.clone())
 gradients("batch_norm_statistics", ops.batch_norm_statistics, x.clone())

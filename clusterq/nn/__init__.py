@@ -1,4 +1,10 @@
-"""Modules on top of `clusterq.ops`: quantizers, quantized layers, BatchNorm that reports its statistics."""
+"""Modules on top of `clusterq.ops`: quantizers, quantized layers, BatchNorm that reports its statistics.
+
+`FakeQuantize`, `FusedMovingAvgObsFakeQuantize` and `LearnableFakeQuantize` stand in for torch.ao's modules of these
+names; they are imported when they are first asked for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer, set_quantization
@@ -11,9 +17,15 @@ from clusterq.nn.statistics import (
     replace_batch_norm,
 )
 
+if TYPE_CHECKING:
+    from clusterq.nn.fake_quantize import FakeQuantize, FusedMovingAvgObsFakeQuantize, LearnableFakeQuantize
+
 __all__ = [
     "ActivationQuantizer",
+    "FakeQuantize",
+    "FusedMovingAvgObsFakeQuantize",
     "LayerStatistics",
+    "LearnableFakeQuantize",
     "QuantizedConv2d",
     "QuantizedLinear",
     "StatisticsBatchNorm1d",
@@ -24,3 +36,14 @@ __all__ = [
     "replace_batch_norm",
     "set_quantization",
 ]
+
+# Need torch.ao.quantization, which torch announces to drop.
+_DROP_INS = {"FakeQuantize", "FusedMovingAvgObsFakeQuantize", "LearnableFakeQuantize"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DROP_INS:
+        from clusterq.nn import fake_quantize
+
+        return getattr(fake_quantize, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,49 +13,27 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from clusterq import ops
 from clusterq.config import ActivationRange, Gradient, WeightRange
 from clusterq.ops._checks import check_integer
 from clusterq.ops._fake_quant_checks import code_range
+from clusterq.ops.fake_quant import fake_quantize_by_magnitude, magnitude
 
 ActivationMode = Literal["learned", "fixed", "ema"]
 WeightMode = Literal["learned", "live"]
 Fused = Literal["none", "relu", "relu6"]
 QuantizationParameters = tuple[Tensor, Tensor, int, int]
 
-_SMALLEST_STEP = 1e-8
+
+def _sharing(x: Tensor) -> int:
+    """Elements of one entry of axis 0; 0 of none."""
+    return x.numel() // max(x.size(0), 1) if x.dim() > 0 else 1
 
 
-class _PositiveStep(Function):
-    """`max(|step|, 1e-8)`, with LSQ's factor on the gradient.
-
-    An optimizer may carry a step through zero; its magnitude is what quantizes, and the gradient's sign turns with it.
-    Below the floor the gradient passes as if there were none, so that a step can leave it again.
-    """
-
-    @staticmethod
-    def forward(step: Tensor, factor: float) -> Tensor:
-        return step.abs().clamp_min(_SMALLEST_STEP)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        step, ctx.factor = inputs
-        ctx.save_for_backward(step)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (step,) = ctx.saved_tensors
-        return grad * torch.where(step < 0, -ctx.factor, ctx.factor), None
-
-
-def _positive_step(step: Tensor, sharing: int, quant_max: int) -> Tensor:
-    output: Tensor = _PositiveStep.apply(step, 1.0 / math.sqrt(max(sharing, 1) * quant_max))
-    return output
+def _lsq_factor(sharing: int, quant_max: int) -> float:
+    return 1.0 / math.sqrt(max(sharing, 1) * quant_max)
 
 
 class ActivationQuantizer(nn.Module):
@@ -162,17 +140,11 @@ class ActivationQuantizer(nn.Module):
             )[0]
         if self._observed == 0:
             raise RuntimeError(_NO_RANGE)
-        learned = self.mode == "learned"
-        step = _positive_step(self.scale, x[:1].numel(), self.quant_max) if learned else self.scale
-        return ops.fake_quantize(
-            x,
-            step,
-            self.zero_point,
-            self.quant_min,
-            self.quant_max,
-            gradient="learned" if learned else self.gradient,
-            activation=self.activation,
-        )
+        grid = (self.scale, self.zero_point, self.quant_min, self.quant_max)
+        if self.mode == "fixed":
+            return ops.fake_quantize(x, *grid, gradient=self.gradient, activation=self.activation)
+        factor = _lsq_factor(_sharing(x), self.quant_max)
+        return fake_quantize_by_magnitude(x, *grid, activation=self.activation, grad_factor=factor)
 
     def qparams(self) -> QuantizationParameters:
         """Scale [1], zero point [1] (whole numbers), quant_min, quant_max in use; RuntimeError if it has no range."""
@@ -183,9 +155,7 @@ class ActivationQuantizer(nn.Module):
                 self.running_min, self.running_max, self.quant_min, self.quant_max, symmetric=self.symmetric
             )
             return scale, zero_point, self.quant_min, self.quant_max
-        scale = self.scale.detach().abs()
-        if self.mode == "learned":
-            scale = scale.clamp_min(_SMALLEST_STEP)
+        scale = magnitude(self.scale) if self.mode == "learned" else self.scale.detach()
         return scale, self.zero_point, self.quant_min, self.quant_max
 
     @contextmanager
@@ -315,9 +285,14 @@ class WeightQuantizer(nn.Module):
             )
         if not self._initialised:
             self.initialise(weight)
-        step = _positive_step(self.scale, weight[:1].numel(), self.quant_max)
-        return ops.fake_quantize(
-            weight, step, self.zero_point, self.quant_min, self.quant_max, axis=0, gradient="learned"
+        return fake_quantize_by_magnitude(
+            weight,
+            self.scale,
+            self.zero_point,
+            self.quant_min,
+            self.quant_max,
+            axis=0,
+            grad_factor=_lsq_factor(_sharing(weight), self.quant_max),
         )
 
     @torch.no_grad()
@@ -335,7 +310,7 @@ class WeightQuantizer(nn.Module):
         if self.mode == "learned":
             if not self._initialised:
                 self.initialise(weight)
-            scale, zero_point = self.scale.detach().abs().clamp_min(_SMALLEST_STEP), self.zero_point
+            scale, zero_point = magnitude(self.scale), self.zero_point
         else:
             scale, zero_point = self._range(weight)
         return scale, zero_point, self.quant_min, self.quant_max

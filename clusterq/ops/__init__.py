@@ -18,11 +18,11 @@ from clusterq.ops.fake_quant import (
     dequantize,
     fake_quantize,
     fake_quantize_weight,
-    mse_range,
-    observe_fake_quantize,
+    fake_quantize_weights,
     quantize,
-    range_to_qparams,
 )
+from clusterq.ops.fake_quant_ranges import finite_range, mse_range, observe_fake_quantize, range_to_qparams
+from clusterq.ops.packing import pack_codes, unpack_codes
 
 load_backends()
 
@@ -37,13 +37,17 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_weight",
+    "fake_quantize_weights",
+    "finite_range",
     "instance_statistics",
     "merge_class_statistics",
     "merge_instance_statistics",
     "mse_range",
     "nearest_centroid",
     "observe_fake_quantize",
+    "pack_codes",
     "quantize",
     "range_to_qparams",
+    "unpack_codes",
     "update_centroids_",
 ]

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from clusterq.ops._checks import FLOATING, check_device, check_integer, check_own_memory, check_tensor
 
+Activation = Literal["none", "relu", "relu6"]
+Save = Literal["auto", "mask", "input"]
 ACTIVATIONS = ("none", "relu", "relu6")
 GRADIENTS = ("clipped", "pass_through", "learned")
+SEMANTICS = ("aten", "real_range")
+SAVES = ("auto", "mask", "input")
 CODES = (torch.uint8, torch.int8, torch.int16, torch.int32)
 # Up to here every code and every difference of two codes is a whole float32.
 LARGEST_CODE = 1 << 23
@@ -53,6 +59,16 @@ def code_range(bits: int, signed: bool) -> tuple[int, int]:
 def as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> Tensor:
     """A scale or zero point as the ops want it: `dtype`, one element or one per channel of `axis`."""
     count = 1 if axis is None else x.size(axis)
+    # The usual case first: on a small weight the checks below would take longer than its kernel.
+    if (
+        isinstance(value, Tensor)
+        and type(value) in (Tensor, Parameter)
+        and value.dtype is dtype
+        and value.numel() == count
+        and value.device == x.device
+        and value.layout is torch.strided
+    ):
+        return value
     if not isinstance(value, Tensor):
         return torch.full((count,), float(value), dtype=dtype, device=x.device)
     check_tensor(name, value)
@@ -65,11 +81,17 @@ def as_parameter(value: Tensor | float, x: Tensor, axis: int | None, dtype: torc
     return value.to(dtype)
 
 
+def detached(value: Tensor) -> Tensor:
+    return value.detach() if value.requires_grad else value
+
+
 def check_running(value: Tensor, x: Tensor, axis: int | None, dtype: torch.dtype, name: str) -> None:
     """A bound of a running range: of the compute dtype, shaped like a parameter, each element in memory of its own."""
     check_tensor(name, value)
     if value.dtype != dtype:
         raise TypeError(f"{name} has dtype {value.dtype}; wanted {dtype} for x of {x.dtype}")
+    if value.requires_grad:
+        raise ValueError(f"{name} requires a gradient; wanted a buffer, which is changed in place")
     as_parameter(value, x, axis, dtype, name)
     check_own_memory(name, value)
 
@@ -108,6 +130,13 @@ def as_zero_point(
 ) -> Tensor:
     """Floating zero points are rounded half to even and clamped into the code range, detached from the graph."""
     check_zero_point(value, quant_min, quant_max)
-    zero_point = as_parameter(value, x, axis, dtype, "zero_point").detach()
+    zero_point = detached(as_parameter(value, x, axis, dtype, "zero_point"))
     integral = not value.dtype.is_floating_point if isinstance(value, Tensor) else isinstance(value, int)
     return zero_point if integral else zero_point.round().clamp(quant_min, quant_max)
+
+
+def keeps_mask(x: Tensor, save: Save, gradient: str, activation: Activation) -> bool:
+    """A parameter is alive anyway; a gradient that passes everything needs nothing."""
+    if gradient == "pass_through" and activation == "none":
+        return False
+    return save == "mask" or (save == "auto" and not x.is_leaf)

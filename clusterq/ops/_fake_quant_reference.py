@@ -60,38 +60,38 @@ def _store(x: Tensor, value: Tensor, dtype: torch.dtype | None = None) -> Tensor
     return empty_dense(x, dtype).copy_(value)
 
 
-def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
+def along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:
     """View of a parameter that broadcasts against `x`."""
     if axis is None:
         return parameter.reshape([1] * x.dim())
     return parameter.reshape([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
 
 
-def _activate(x: Tensor, activation: str) -> Tensor:
+def activate(x: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return x
     return x.clamp(min=0) if activation == "relu" else x.clamp(0, 6)
 
 
-def _activation_mask(x: Tensor, activation: str) -> Tensor:
+def activation_mask(x: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return x == x
     return x > 0 if activation == "relu" else (x > 0) & (x < 6)
 
 
-def _shifted(
+def shifted(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' / scale, r + zero_point, and the parameters broadcast to `x`."""
-    s, z = _along(scale, x, axis), _along(zero_point, x, axis)
-    ratio = _activate(x.to(compute_dtype(x.dtype)), activation) * s.reciprocal()
+    s, z = along(scale, x, axis), along(zero_point, x, axis)
+    ratio = activate(x.to(compute_dtype(x.dtype)), activation) * s.reciprocal()
     return ratio, ratio.round() + z, s, z
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None, activation: str
 ) -> Tensor:
-    _, q, s, z = _shifted(x, scale, zero_point, axis, activation)
+    _, q, s, z = shifted(x, scale, zero_point, axis, activation)
     return _store(x, (q.clamp(quant_min, quant_max) - z) * s)
 
 
@@ -106,8 +106,8 @@ def fake_quantize_backward(
     activation: str,
 ) -> Tensor:
     check_shape("grad", grad, x.shape)
-    _, q, _, _ = _shifted(x, scale, zero_point, axis, activation)
-    inside = (q >= quant_min) & (q <= quant_max) & _activation_mask(x, activation)
+    _, q, _, _ = shifted(x, scale, zero_point, axis, activation)
+    inside = (q >= quant_min) & (q <= quant_max) & activation_mask(x, activation)
     return _store(x, torch.where(inside, grad, 0.0))
 
 
@@ -122,10 +122,10 @@ def fake_quantize_learned_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_shape("grad", grad, x.shape)
-    ratio, q, _, z = _shifted(x, scale, zero_point, axis, activation)
+    ratio, q, _, z = shifted(x, scale, zero_point, axis, activation)
     below, above = q < quant_min, q > quant_max
     inside = (q >= quant_min) & (q <= quant_max)
-    grad_x = _store(x, torch.where(inside & _activation_mask(x, activation), grad, 0.0))
+    grad_x = _store(x, torch.where(inside & activation_mask(x, activation), grad, 0.0))
     wide = grad.double()
     slope = torch.where(below, quant_min - z, torch.where(above, quant_max - z, q - z - ratio)).double()
     term_scale = torch.where(below | above | inside, wide * slope, 0.0)
@@ -137,19 +137,19 @@ def fake_quantize_learned_backward(
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None) -> Tensor:
-    _, q, _, z = _shifted(x, scale, zero_point, axis, "none")
+    _, q, _, z = shifted(x, scale, zero_point, axis, "none")
     codes = torch.where(q == q, q, z).clamp(quant_min, quant_max)
     return _store(x, codes, code_dtype(quant_min, quant_max))
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, dtype: torch.dtype) -> Tensor:
-    value = (codes.to(scale.dtype) - _along(zero_point, codes, axis)) * _along(scale, codes, axis)
+    value = (codes.to(scale.dtype) - along(zero_point, codes, axis)) * along(scale, codes, axis)
     return _store(codes, value, dtype)
 
 
-def finite_range(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+def finite_range(x: Tensor, axis: int | None, activation: str) -> tuple[Tensor, Tensor]:
     """Smallest and largest finite element, [1] or [C], in the compute dtype; +inf and -inf where there is none."""
-    x = x.to(compute_dtype(x.dtype))
+    x = activate(x.to(compute_dtype(x.dtype)), activation)
     rows = (
         x.reshape(1, -1)
         if axis is None
@@ -160,7 +160,8 @@ def finite_range(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
         return empty, -empty
     finite = rows.isfinite()
     low = torch.where(finite, rows, float("inf")).amin(1)
-    return low, torch.where(finite, rows, -float("inf")).amax(1)
+    # Which zero of several comes out depends on the order in which they are seen: +0 it is.
+    return low + 0, torch.where(finite, rows, -float("inf")).amax(1) + 0
 
 
 def range_to_qparams(
@@ -184,8 +185,27 @@ def range_to_qparams(
 def fake_quantize_weight(
     w: Tensor, quant_min: int, quant_max: int, axis: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scale, zero_point = range_to_qparams(*finite_range(w, axis), quant_min, quant_max, symmetric)
+    scale, zero_point = range_to_qparams(*finite_range(w, axis, "none"), quant_min, quant_max, symmetric)
     return fake_quantize(w, scale, zero_point, quant_min, quant_max, axis, "none"), scale, zero_point
+
+
+def fake_quantize_weights(
+    weights: list[Tensor], quant_min: int, quant_max: int, axis: int, symmetric: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    quantized, scales, zero_points = zip(
+        *(fake_quantize_weight(w, quant_min, quant_max, axis, symmetric) for w in weights), strict=True
+    )
+    return list(quantized), torch.cat(scales), torch.cat(zero_points)
+
+
+def move_range_(running_min: Tensor, running_max: Tensor, low: Tensor, high: Tensor, momentum: float) -> None:
+    """Moves the running range toward [low, high] in place; an empty one (low > high) leaves it alone."""
+    seen = (low <= high).reshape(running_min.shape)
+    first = (running_min > running_max).reshape(running_min.shape)
+    for running, now in ((running_min, low), (running_max, high)):
+        now = now.reshape(running.shape)
+        updated = torch.where(first, now, momentum * running + (1 - momentum) * now)
+        running.copy_(torch.where(seen, updated, running))
 
 
 def observe_fake_quantize(
@@ -201,13 +221,7 @@ def observe_fake_quantize(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if observe:
-        ranges = finite_range(_activate(x, activation), axis)
-        seen = (ranges[0] <= ranges[1]).reshape(running_min.shape)
-        first = (running_min > running_max).reshape(running_min.shape)
-        for running, now in zip((running_min, running_max), ranges, strict=True):
-            now = now.reshape(running.shape)
-            updated = torch.where(first, now, momentum * running + (1 - momentum) * now)
-            running.copy_(torch.where(seen, updated, running))
+        move_range_(running_min, running_max, *finite_range(x, axis, activation), momentum)
     scale, zero_point = range_to_qparams(running_min, running_max, quant_min, quant_max, symmetric)
     return fake_quantize(x, scale, zero_point, quant_min, quant_max, axis, activation), scale, zero_point
 
@@ -294,6 +308,22 @@ def fake_observe(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return empty_dense(x), _contiguous_like(running_min), _contiguous_like(running_min)
+
+
+def fake_range(x: Tensor, axis: int | None, activation: str) -> tuple[Tensor, Tensor]:
+    count, dtype = 1 if axis is None else x.size(axis), compute_dtype(x.dtype)
+    return x.new_empty((count,), dtype=dtype), x.new_empty((count,), dtype=dtype)
+
+
+def fake_weights(
+    weights: list[Tensor], quant_min: int, quant_max: int, axis: int, symmetric: bool
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    count, dtype = sum(w.size(axis) for w in weights), compute_dtype(weights[0].dtype)
+    return (
+        [empty_dense(w) for w in weights],
+        weights[0].new_empty((count,), dtype=dtype),
+        weights[0].new_empty((count,), dtype=dtype),
+    )
 
 
 def fake_error(

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _bn_stats_reference as reference
+from clusterq.ops._autograd import apply
 from clusterq.ops._bn_stats_reference import empty_output, empty_pair
 from clusterq.ops._checks import FLOATING, check_integer, check_number, check_tensor, compute_dtype
 from clusterq.ops._library import register_op
@@ -308,7 +309,7 @@ def _batch_norm(
     shift = torch.zeros_like(scale) if bias is None else bias.to(dtype)
     center, inv_std = running_mean.detach().to(dtype), torch.rsqrt(running_var.detach().to(dtype) + eps)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or shift.requires_grad):
-        y, mean, var = _BatchNormWithStatistics.apply(x, scale, shift, center, inv_std, per_image)
+        y, mean, var = apply(_BatchNormWithStatistics, x, scale, shift, center, inv_std, per_image)
     else:
         op = _batch_norm_instance_statistics if per_image else _batch_norm_batch_statistics
         y, mean, var = op(x, center, scale * inv_std, shift)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clusterq.ops._autograd import apply
 from clusterq.ops._checks import (
     FLOATING,
     check_device,
@@ -265,7 +266,7 @@ def nearest_centroid(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     batched = x.dim() == 3
     rows, means = (x, centroids) if batched else (x.unsqueeze(0), centroids.unsqueeze(0))
     if torch.is_grad_enabled() and (x.requires_grad or centroids.requires_grad):
-        index, distance = _NearestCentroid.apply(rows, means)
+        index, distance = apply(_NearestCentroid, rows, means)
     else:
         index, distance = _nearest(rows, means)
     return (index, distance) if batched else (index.squeeze(0), distance.squeeze(0))

@@ -1,4 +1,6 @@
-"""Uniform fake-quantization with straight-through gradients, per tensor or channel: fixed, observed or learned ranges.
+"""Uniform fake-quantization with straight-through gradients, per tensor or channel; of weights with their own ranges.
+
+Ranges that are observed or searched: `fake_quant_ranges.py`.
 
 The formulas, shared by every backend, stand in `_fake_quant_reference.py`. Outputs keep the strides of inputs that fill
 their memory without gaps (contiguous, channels_last, any permutation) and are contiguous otherwise. Float32, bfloat16,
@@ -7,60 +9,58 @@ float16 and float64 inputs; scales, zero points and running ranges are float32, 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from clusterq.ops import _fake_quant_reference as reference
+from clusterq.ops._autograd import apply, wants_gradient
 from clusterq.ops._checks import (
     FLOATING,
     check_device,
     check_integer,
     check_number,
-    check_shape,
-    check_tensor,
     compute_dtype,
 )
 from clusterq.ops._fake_quant_autograd import (
+    RULES,
     FakeQuantize,
     FakeQuantizeLearned,
+    FakeQuantizeMasked,
     FakeQuantizeWeight,
-    ObserveFakeQuantize,
-    dequantize_op,
-    error_op,
-    fake_quantize_op,
-    observe_op,
-    quantize_op,
-    weight_op,
+    FakeQuantizeWeights,
 )
 from clusterq.ops._fake_quant_checks import (
     ACTIVATIONS,
     CODES,
     GRADIENTS,
     LARGEST_CODE,
+    SAVES,
+    SEMANTICS,
+    Activation,
+    Save,
     as_parameter,
     as_scale,
     as_zero_point,
     check_choice,
     check_input,
     check_range,
-    check_running,
     check_zero_point,
     code_range,
+    detached,
+    keeps_mask,
 )
+from clusterq.ops._fake_quant_ops import dequantize_op, fake_quantize_op, quantize_op, weight_op, weights_op
 
 __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_weight",
-    "mse_range",
-    "observe_fake_quantize",
+    "fake_quantize_weights",
     "quantize",
-    "range_to_qparams",
 ]
-
-Activation = Literal["none", "relu", "relu6"]
 
 
 def fake_quantize(
@@ -73,6 +73,9 @@ def fake_quantize(
     axis: int | None = None,
     gradient: Literal["clipped", "pass_through", "learned"] = "clipped",
     activation: Activation = "none",
+    semantics: Literal["aten", "real_range"] = "aten",
+    save: Save = "auto",
+    grad_factor: float = 1.0,
 ) -> Tensor:
     """Rounds x to the grid `(code - zero_point) * scale`, code in [quant_min, quant_max]; shape and dtype of x.
 
@@ -80,7 +83,8 @@ def fake_quantize(
         x: any shape; float32, bfloat16, float16 or float64.
         scale: step of the grid, finite and positive: a number, or a tensor with one element (`axis` None) or one per
             channel of `axis`. A number must be normal in the dtype of the arithmetic. Tensor values are not checked
-            here: that would wait for the device.
+            here, for that would wait for the device; they should be normal too. To torch.compile a number is a
+            constant: one that changes compiles anew.
         zero_point: code of 0.0: a number, or a tensor like `scale`. Floating-point zero points are rounded half to
             even. Tensors of them are then clamped into the code range; a number outside it is an error, whatever
             `gradient` is.
@@ -88,30 +92,98 @@ def fake_quantize(
         gradient: `"clipped"` (x where the rounded code lies in the range), `"pass_through"` (x everywhere), or
             `"learned"` (clipped, and LSQ/LSQ+ gradients for scale and zero point, unscaled).
         activation: `"relu"` or `"relu6"` is applied to x first, with its own gradient.
+        semantics: which x the clipped gradient reaches. `"aten"`: the rounded code lies in the range, as in
+            `torch.fake_quantize_*`. These are its values and gradients bit for bit in float32, bfloat16 and float16
+            for whole zero points and |x / scale| below 2^31; torch reckons float64 with float32 parameters.
+            `"real_range"`: x itself lies between the values of the outermost codes, as in NNCF and ModelOpt; not for
+            `"learned"`.
+        save: what is kept for backward. `"mask"`: one bit per element. `"input"`: x, at no cost where something else
+            keeps it anyway; not for `"real_range"`. `"auto"`: x of a parameter (a leaf of the graph), else the mask. A
+            learned gradient always keeps x, `"pass_through"` without an activation nothing.
+        grad_factor: 0 or more; multiplies the learned gradients of scale and zero point, as in torch's learnable ops.
+            LSQ takes `1 / sqrt(n * quant_max)`, n values sharing a step.
 
-    Raises ValueError or TypeError for a bad argument.
+    The gradient for x can be differentiated again, that of the scale and zero point raises RuntimeError then; there are
+    no forward-mode derivatives. Raises ValueError or TypeError for a bad argument.
     """
     axis = check_input(x, axis, "x")
     check_range(quant_min, quant_max)
     check_choice(gradient, GRADIENTS, "gradient")
     check_choice(activation, ACTIVATIONS, "activation")
+    check_choice(semantics, SEMANTICS, "semantics")
+    check_choice(save, SAVES, "save")
+    check_number("grad_factor", grad_factor, 0, below=math.inf)
     dtype = compute_dtype(x.dtype)
     step = as_scale(scale, x, axis, dtype)
     check_zero_point(zero_point, quant_min, quant_max)
-    if gradient == "learned" and torch.is_grad_enabled():
+    if gradient == "learned" and semantics != "aten":
+        raise ValueError(f"semantics is {semantics!r}; wanted aten, the one that a learned gradient has")
+    if semantics == "real_range" and save == "input":
+        raise ValueError("save is 'input'; wanted 'auto' or 'mask' for semantics real_range")
+    if gradient == "learned":
         offset = as_parameter(zero_point, x, axis, dtype, "zero_point")
-        if step.requires_grad or offset.requires_grad:
-            y: Tensor = FakeQuantizeLearned.apply(x, step, offset, quant_min, quant_max, axis, activation)
+        if wants_gradient(step, offset):
+            whole = not offset.requires_grad
+            if whole:
+                offset = as_zero_point(zero_point, x, axis, dtype, quant_min, quant_max)
+            y: Tensor = apply(
+                FakeQuantizeLearned,
+                *(x, step, offset, quant_min, quant_max, axis, activation, float(grad_factor), 0.0, whole),
+            )
             return y
     offset = as_zero_point(zero_point, x, axis, dtype, quant_min, quant_max)
-    step = step.detach()
-    if torch.is_grad_enabled() and x.requires_grad:
-        # Without a parameter to learn, "learned" is "clipped": no sums.
-        to_x = "clipped" if gradient == "learned" else gradient
-        y = FakeQuantize.apply(x, step, offset, quant_min, quant_max, axis, activation, to_x)
-    else:
+    step = detached(step)
+    if not wants_gradient(x):
         y = fake_quantize_op(x, step, offset, quant_min, quant_max, axis, activation)
+        return y
+    # Without a parameter to learn, "learned" is "clipped": no sums.
+    to_x = "clipped" if gradient == "learned" else gradient
+    real = semantics == "real_range" and to_x == "clipped"
+    if keeps_mask(x, save, to_x, activation) or real:
+        rule = "real" if real else RULES[to_x]
+        y = apply(FakeQuantizeMasked, x, step, offset, quant_min, quant_max, axis, activation, rule)[0]
+    else:
+        y = apply(FakeQuantize, x, step, offset, quant_min, quant_max, axis, activation, to_x)
     return y
+
+
+# The least step of `fake_quantize_by_magnitude`.
+SMALLEST_STEP = 1e-8
+
+
+def fake_quantize_by_magnitude(
+    x: Tensor,
+    step: Tensor,
+    zero_point: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    axis: int | None = None,
+    activation: Activation = "none",
+    grad_factor: float,
+) -> Tensor:
+    """`fake_quantize` on the scale `max(|step|, 1e-8)`, with learned gradients for x and the step: for trained steps.
+
+    An optimizer may carry a step through zero; its magnitude is what quantizes, and the gradient's sign turns with it.
+    Below the floor the gradient passes as if there were none, so that a step can leave it again. Arguments are those of
+    `fake_quantize`, zero_point a tensor of whole numbers within the codes; quant_min, quant_max, activation and
+    grad_factor are not checked.
+    """
+    axis = check_input(x, axis, "x")
+    dtype = compute_dtype(x.dtype)
+    offset = as_parameter(zero_point, x, axis, dtype, "zero_point")
+    step = as_scale(step, x, axis, dtype)
+    learned = (quant_min, quant_max, axis, activation, grad_factor, SMALLEST_STEP, True)
+    if wants_gradient(x, step):
+        y: Tensor = apply(FakeQuantizeLearned, x, step, offset, *learned)
+    else:
+        y = fake_quantize_op(x, magnitude(step), offset, *learned[:4])
+    return y
+
+
+def magnitude(step: Tensor) -> Tensor:
+    """`max(|step|, 1e-8)`, detached."""
+    return step.detach().abs().clamp_min(SMALLEST_STEP)
 
 
 def quantize(
@@ -207,101 +279,48 @@ def fake_quantize_weight(
     front = check_input(w, axis, "w")
     check_choice(gradient, GRADIENTS[:2], "gradient")
     low, high = code_range(bits, signed=True)
-    if torch.is_grad_enabled() and w.requires_grad:
-        output = FakeQuantizeWeight.apply(w, low, high, front, symmetric, gradient)
+    if wants_gradient(w):
+        output = apply(FakeQuantizeWeight, w, low, high, front, symmetric, gradient)
     else:
         output = weight_op(w, low, high, front, symmetric)
     y, scale, zero_point = output
     return (y, scale, zero_point) if return_qparams else y
 
 
-def observe_fake_quantize(
-    x: Tensor,
-    running_min: Tensor,
-    running_max: Tensor,
+def fake_quantize_weights(
+    weights: Sequence[Tensor],
     bits: int,
     *,
-    momentum: float = 0.9,
-    observe: bool = True,
+    axis: int = 0,
     symmetric: bool = False,
-    signed: bool = False,
-    axis: int | None = None,
-    gradient: Literal["clipped", "pass_through"] = "clipped",
-    activation: Activation = "none",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Moves a running range toward that of x in place, then fake-quantizes x with it; nothing waits for the device.
-
-    NaN and infinities are left out of the range. `running_min` +inf and `running_max` -inf mean that nothing was seen:
-    the first observation sets them. While nothing was seen, scale is 1 and the zero point is the code nearest to 0 (the
-    middle code when symmetric).
+    gradient: Literal["clipped", "pass_through"] = "pass_through",
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`fake_quantize_weight` of all weights of a network at once, in one or two launches on a GPU with CUDA kernels.
 
     Args:
-        x: any shape; float32, bfloat16, float16 or float64.
-        running_min, running_max: one element (`axis` None) or one per channel of `axis`; float32, or float64 for
-            float64 x.
-        bits: 2 to 16; codes in [0, 2^bits - 1], with `signed` in [-2^(bits-1), 2^(bits-1) - 1].
-        momentum: weight of the old value: `new = momentum * old + (1 - momentum) * current`.
-        observe: False leaves the running range alone.
-        symmetric: zero point in the middle of the codes.
-        gradient: `"clipped"` to the range or `"pass_through"`; no gradient flows into the range.
-        activation: `"relu"` or `"relu6"` is applied to x first.
+        weights: at least one, of one dtype and device; any shapes with at least one dimension.
+        bits, axis, symmetric, gradient: as in `fake_quantize_weight`, the same for all.
 
-    Returns y with shape and dtype of x, and the scale and zero point used, shaped like `running_min`. Raises ValueError
-    or TypeError for a bad argument.
+    Returns three lists, an entry per weight: the weight on its grid, scale [C] and zero point [C]. Raises ValueError or
+    TypeError for a bad argument.
     """
-    axis = check_input(x, axis, "x")
+    check_integer("axis", axis)
+    if not isinstance(weights, Sequence):
+        raise TypeError(f"weights is {type(weights).__name__}; wanted a list of Tensors")
+    if len(weights) == 0:
+        raise ValueError("weights is empty; wanted at least one")
+    for i, w in enumerate(weights):
+        check_input(w, axis, f"weights[{i}]")
+        check_device(f"weights[{i}]", w, weights[0].device, "weights[0]")
+        if w.dtype != weights[0].dtype:
+            raise TypeError(f"weights[{i}] has dtype {w.dtype}; wanted {weights[0].dtype}, that of weights[0]")
     check_choice(gradient, GRADIENTS[:2], "gradient")
-    check_choice(activation, ACTIVATIONS, "activation")
-    check_number("momentum", momentum, 0, below=1)
-    for running, name in ((running_min, "running_min"), (running_max, "running_max")):
-        check_running(running, x, axis, compute_dtype(x.dtype), name)
-    if running_max is running_min:
-        raise ValueError("running_max is the same tensor as running_min; wanted one of its own")
-    low, high = code_range(bits, signed)
-    arguments = (x, running_min, running_max, low, high, momentum, observe, symmetric, axis, activation)
-    if torch.is_grad_enabled() and x.requires_grad:
-        output = ObserveFakeQuantize.apply(*arguments, gradient)
+    low, high = code_range(bits, signed=True)
+    if wants_gradient(*weights):
+        *quantized, scale, zero_point = apply(FakeQuantizeWeights, low, high, axis, symmetric, gradient, *weights)
+        # What a frozen weight gives is frozen too.
+        quantized = [y if w.requires_grad else y.detach() for y, w in zip(quantized, weights, strict=True)]
     else:
-        output = observe_op(*arguments)
-    y, scale, zero_point = output
-    return y, scale, zero_point
-
-
-def range_to_qparams(
-    low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point, shaped like `low`, of the ranges [low, high]; formulas: module `_fake_quant_reference`."""
-    check_range(quant_min, quant_max)
-    check_tensor("low", low, FLOATING)
-    check_tensor("high", high, FLOATING)
-    check_shape("high", high, low.shape)
-    check_device("high", high, low.device, "low")
-    return reference.range_to_qparams(low, high, quant_min, quant_max, symmetric)
-
-
-@torch.no_grad()
-def mse_range(
-    x: Tensor,
-    quant_min: int,
-    quant_max: int,
-    *,
-    axis: int | None = None,
-    symmetric: bool = False,
-    candidates: int = 80,
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point whose fake-quantization has the least squared error among shrunken min/max ranges.
-
-    The range of x (finite elements, extended to contain 0) is multiplied by 1, (n-1)/n, ..., 1/n for n = `candidates`;
-    the best factor is chosen per tensor or per channel of `axis`, the larger one among equals. All of x is used, in
-    memory proportional to x. Returns two tensors, [1] or [C], float32 (float64 for float64 x).
-    """
-    axis = check_input(x, axis, "x")
-    check_range(quant_min, quant_max)
-    check_integer("candidates", candidates, 1)
-    x = x.detach()
-    low, high = reference.finite_range(x, axis)
-    factor = torch.arange(candidates, 0, -1, device=x.device, dtype=low.dtype).div_(candidates).unsqueeze(1)
-    # An empty range is infinite: scaled by the factor it stays empty.
-    scales, zero_points = reference.range_to_qparams(factor * low, factor * high, quant_min, quant_max, symmetric)
-    best = error_op(x, scales, zero_points, quant_min, quant_max, axis).argmin(0, keepdim=True)
-    return scales.gather(0, best).squeeze(0), zero_points.gather(0, best).squeeze(0)
+        quantized, scale, zero_point = weights_op(list(weights), low, high, axis, symmetric)
+    sizes = [w.size(axis) for w in weights]
+    return list(quantized), list(scale.split(sizes)), list(zero_point.split(sizes))

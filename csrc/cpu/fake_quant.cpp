@@ -1,19 +1,8 @@
 // Elementwise fake-quantize kernels: forward, masked backward, quantize, dequantize. Formulas: numerics.h.
-#include "fake_quant.h"
+#include "fake_quant_forward.h"
 
 namespace clusterq {
 namespace {
-
-template <typename T, typename A, typename G>
-CLUSTERQ_INLINE void forward_run(const T* x, T* y, int64_t n, G grids, Activation<A> activation) {
-  if constexpr (std::is_same_v<G, OneGrid<A>>) {
-    const Steps<A> steps = to_steps(grids.grid, activation);
-    for (int64_t i = 0; i < n; ++i) y[i] = store<T>(fake_quantize(load<A>(x[i]), steps));
-  } else {
-    for (int64_t i = 0; i < n; ++i)
-      y[i] = store<T>(fake_quantize(clamp(load<A>(x[i]), activation.low, activation.high), grids.at(i)));
-  }
-}
 
 template <typename T, typename A, typename G>
 CLUSTERQ_INLINE void backward_run(const T* grad, const T* x, T* grad_x, int64_t n, G grids, Activation<A> activation) {
@@ -33,6 +22,15 @@ CLUSTERQ_INLINE void backward_run(const T* grad, const T* x, T* grad_x, int64_t 
     for (int64_t i = 0; i < n; ++i)
       grad_x[i] = store<T>(masked_gradient(load<A>(x[i]), load<A>(grad[i]), grids.at(i), activation));
   }
+}
+
+template <typename T, typename A, typename G>
+void backward_piece(const T* grad, const T* x, T* grad_x, int64_t n, const G& grids, const Activation<A>& activation) {
+#ifdef CLUSTERQ_X86
+  if constexpr (std::is_same_v<A, float>)
+    if (cpu_level() == CpuLevel::kAvx512) return backward_lanes(grad, x, grad_x, n, grids, activation);
+#endif
+  at_level<backward_run<T, A, G>>(grad, x, grad_x, n, grids, activation);
 }
 
 template <typename T, typename A, typename Q, typename G>
@@ -61,9 +59,8 @@ Tensor backward(const Tensor& grad_output, const Tensor& input, const Tensor& sc
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* above = static_cast<const T*>(grad.const_data_ptr());
     auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
-    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
-      at_level<backward_run<T, A, decltype(g)>>(above + i, from + i, to + i, n, g, bounds);
-    });
+    elementwise(walk, grids,
+                [&](int64_t i, int64_t n, auto g) { backward_piece<T, A>(above + i, from + i, to + i, n, g, bounds); });
   });
   return grad_x;
 }
@@ -134,10 +131,15 @@ Tensor dequantize_codes(const Tensor& input, const Tensor& scale, const Tensor& 
   return y;
 }
 
+Tensor fake_quantize_forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
+                             int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
+  return forward(x, scale, zero_point, quant_min, quant_max, axis, activation, false);
+}
+
 }  // namespace
 
-Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-                             int64_t quant_max, std::optional<int64_t> axis, std::string activation) {
+Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+               std::optional<int64_t> axis, const std::string& activation, bool backwards) {
   const Tensor x = dense(input);
   Tensor y = output_like(x);
   const Walk walk(x, axis);
@@ -148,9 +150,9 @@ Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Ten
     const auto bounds = activation_of<A>(activation);
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     auto* to = static_cast<T*>(y.mutable_data_ptr());
-    elementwise(walk, grids, [&](int64_t i, int64_t n, auto g) {
-      at_level<forward_run<T, A, decltype(g)>>(from + i, to + i, n, g, bounds);
-    });
+    elementwise(
+        walk, grids, [&](int64_t i, int64_t n, auto g) { forward_piece<T, A>(from + i, to + i, n, g, bounds); },
+        backwards);
   });
   return y;
 }

@@ -6,7 +6,9 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/memory.h"
@@ -15,8 +17,14 @@
 
 namespace clusterq {
 
-Tensor fake_quantize_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min,
-                             int64_t quant_max, std::optional<int64_t> axis, std::string activation);
+// `backwards`: from the end of memory, where a pass before this one has just been.
+Tensor forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point, int64_t quant_min, int64_t quant_max,
+               std::optional<int64_t> axis, const std::string& activation, bool backwards);
+
+// y and its mask, one bit per element.
+std::tuple<Tensor, Tensor> masked_forward(const Tensor& input, const Tensor& scale, const Tensor& zero_point,
+                                          int64_t quant_min, int64_t quant_max, std::optional<int64_t> axis,
+                                          const std::string& activation, const std::string& rule, bool backwards);
 
 namespace {
 
@@ -186,18 +194,60 @@ struct Grids {
   }
 };
 
+// Calls `body(first, length)` for blocks of `kLength` elements in memory order, or backwards within each thread's
+// share: what a first pass read last is then read first.
+template <int64_t kLength, typename F>
+void for_blocks(int64_t numel, bool backwards, const F& body) {
+  parallel_for(0, ceil_div(numel, kLength), ceil_div(2 * Walk::kBlock, kLength), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t first = (backwards ? begin + end - 1 - k : k) * kLength;
+      body(first, std::min(kLength, numel - first));
+    }
+  });
+}
+
+// Calls `body(first, length, place)` for the pieces of a block: of one channel each, `place` being the channel, or of
+// one row of the pattern, `place` being the column.
+template <typename F>
+void for_pieces(const Walk& walk, const std::optional<Pattern>& pattern, int64_t first, int64_t n, const F& body) {
+  const int64_t end = first + n, length = pattern ? pattern->row : walk.inner;
+  int64_t run = first / length, at = first - run * length, channel = run % walk.channels;
+  for (; first < end; at = 0) {
+    const int64_t piece = std::min(length - at, end - first);
+    body(first, piece, pattern ? at : channel);
+    first += piece;
+    if (++channel == walk.channels) channel = 0;
+  }
+}
+
+// Grids of a walk, ready for either kind of piece.
+template <typename A>
+struct PieceGrids {
+  std::optional<Pattern> pattern;
+  Grids<A> grids;
+
+  PieceGrids(const Walk& walk, Grids<A> narrow) : grids(std::move(narrow)) {
+    if (!walk.patterned()) return;
+    pattern.emplace(walk);
+    grids = grids.expanded(walk, *pattern);
+  }
+
+  template <typename F>
+  void with(int64_t place, const F& body) const {
+    pattern ? body(grids.row(place)) : body(grids.one(place));
+  }
+};
+
 // Runs an elementwise `body(first, length, grids)` over all of x with the fitting kind of parameters.
 template <typename A, typename F>
-void elementwise(const Walk& walk, const Grids<A>& grids, const F& body) {
+void elementwise(const Walk& walk, const Grids<A>& grids, const F& body, bool backwards = false) {
   if (walk.numel() == 0) return;
-  if (!walk.patterned()) {
-    for_runs(walk, [&](int64_t first, int64_t n, int64_t channel, int64_t) { body(first, n, grids.one(channel)); });
-    return;
-  }
-  const Pattern pattern(walk);
-  const Grids<A> wide = grids.expanded(walk, pattern);
-  for_pattern(walk, pattern,
-              [&](int64_t first, int64_t n, int64_t column, int64_t) { body(first, n, wide.row(column)); });
+  const PieceGrids<A> pieces(walk, grids);
+  for_blocks<Walk::kBlock>(walk.numel(), backwards, [&](int64_t start, int64_t length) {
+    for_pieces(walk, pieces.pattern, start, length, [&](int64_t first, int64_t n, int64_t place) {
+      pieces.with(place, [&](auto g) { body(first, n, g); });
+    });
+  });
 }
 
 }  // namespace

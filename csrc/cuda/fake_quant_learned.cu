@@ -22,26 +22,25 @@ __device__ __forceinline__ A learned(A x, A grad, const Grid<A>& grid, const Act
 
 // Runs of one channel: block (split, channel) takes kPacks * kThreads packs of the channel's outer * inner elements.
 // Sums: a pack in the arithmetic type, the rest in double. partial: [2, splits, channels].
-template <int V, typename Index, typename T, typename A>
+template <int V, typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
     learned_run_kernel(T* __restrict__ grad_x, double* __restrict__ partial, const T* __restrict__ x,
-                       const T* __restrict__ grad, Parameters<A> parameters, Activation<A> activation, int64_t outer,
-                       int64_t channels, int64_t inner, int64_t splits) {
+                       const T* __restrict__ grad, Parameters<A> parameters, Activation<A> activation, ChannelWalk walk,
+                       int64_t packs, int64_t splits) {
   using P = Pack<T, V>;
+  const int64_t inner = walk.inner, channels = walk.channels;
   const unsigned count = static_cast<unsigned>(channels);
   const int64_t channel = blockIdx.x % count, split = blockIdx.x / count;
   const Grid<A> grid = parameters.grid(channel);
-  // Only the single run of a tensor with one scale may end within a pack.
-  const Index per_run = static_cast<Index>((inner + V - 1) / V);
-  const int64_t packs = outer * per_run;
   double sum_scale = 0, sum_zero = 0;
   for (int k = 0; k < kPacks; ++k) {
     const int64_t i = (split * kPacks + k) * kThreads + threadIdx.x;
     if (i >= packs) break;
-    const Index run = static_cast<Index>(i) / per_run, position = static_cast<Index>(i) - run * per_run;
-    const int64_t at = (static_cast<int64_t>(run) * channels + channel) * inner + static_cast<int64_t>(position) * V;
+    const int64_t at = walk.at(channel, i, V);
+    // Only the single run of a tensor with one scale may end within a pack.
+    const int64_t left = walk.single ? inner - i * V : V;
     A first = 0, second = 0;
-    if (static_cast<int64_t>(position) * V + V <= inner) {
+    if (left >= V) {
       const P values = load_pack<V>(x + at), grads = load_pack<V>(grad + at);
       P result;
 #pragma unroll
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
             Narrow<T>::of(learned(A(widen(values.at[v])), A(widen(grads.at[v])), grid, activation, first, second));
       store_pack(grad_x + at, result);
     } else {
-      for (int64_t j = at; j < at + inner - static_cast<int64_t>(position) * V; ++j)
+      for (int64_t j = at; j < at + left; ++j)
         grad_x[j] = Narrow<T>::of(learned(A(widen(x[j])), A(widen(grad[j])), grid, activation, first, second));
     }
     sum_scale += first;
@@ -65,11 +64,11 @@ __global__ void __launch_bounds__(kThreads)
 
 // Short runs: x is [outer, columns] with columns = channels * inner. A block is `width` threads along the columns, V
 // each, by kThreads / width down the rows; a split is kPacks rows per thread. partial: [2, splits, columns].
-template <int V, typename Index, typename T, typename A>
+template <int V, typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
     learned_column_kernel(T* __restrict__ grad_x, double* __restrict__ partial, const T* __restrict__ x,
                           const T* __restrict__ grad, Parameters<A> parameters, Activation<A> activation, int64_t outer,
-                          int64_t columns, int64_t inner, int64_t splits, int width) {
+                          int64_t columns, Divider inner, int64_t splits, int width) {
   using P = Pack<T, V>;
   __shared__ double sums[2][V][kThreads];
   // width is a power of two.
@@ -81,12 +80,12 @@ __global__ void __launch_bounds__(kThreads)
   A sum_scale[V] = {}, sum_zero[V] = {};
   if (column < columns) {
     Grid<A> grids[V];
-    Index channel = static_cast<Index>(column) / static_cast<Index>(inner);
-    Index position = static_cast<Index>(column) - channel * static_cast<Index>(inner);
+    int64_t channel = inner.quotient(column, columns < int64_t(1) << 31);
+    int64_t position = column - channel * inner.divisor;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       grids[v] = parameters.grid(channel);
-      if (++position == static_cast<Index>(inner)) {
+      if (++position == inner.divisor) {
         position = 0;
         ++channel;
       }
@@ -144,84 +143,72 @@ __global__ void learned_finish_kernel(A* __restrict__ grad_scale, A* __restrict_
   }
 }
 
-// Splits depend on shape, strides and dtype alone, so that the same bits come out of every run.
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(const Tensor& grad_output, const Tensor& input,
-                                                                  const Tensor& scale, const Tensor& zero_point,
-                                                                  int64_t quant_min, int64_t quant_max,
-                                                                  std::optional<int64_t> axis, std::string activation) {
-  check_parameters(input, scale, zero_point);
-  const Launch launch(input);
-  const Tensor x = dense(input), grad = with_strides_of(grad_output, x);
-  check_device(grad, x, "grad");
-  const Tensor s = packed(scale), z = packed(zero_point);
-  Tensor grad_x = torch::stable::empty_like(x);
-  Tensor grad_scale = torch::stable::empty_like(s), grad_zero = torch::stable::empty_like(z);
-  const Walk walk(x, scale, axis);
-  if (x.numel() == 0) {
-    torch::stable::zero_(grad_scale);
-    torch::stable::zero_(grad_zero);
-    return {grad_x, grad_scale, grad_zero};
-  }
-  for_floating(x.scalar_type(), "x", [&](auto element, auto arithmetic) {
-    using T = decltype(element);
-    using A = decltype(arithmetic);
-    const auto parameters = parameters_of<A>(s, z, quant_min, quant_max);
-    const auto bounds = activation_of<A>(activation);
-    auto* to = static_cast<T*>(grad_x.mutable_data_ptr());
-    const auto* from = static_cast<const T*>(x.const_data_ptr());
-    const auto* above = static_cast<const T*>(grad.const_data_ptr());
-    const bool wide = aligned(from) && aligned(above) && aligned(to);
-    const bool by_column = walk.channels > 1 && walk.inner < kShortRun;
-    const int64_t columns = walk.channels * walk.inner;
-    const int64_t sums = by_column ? columns : walk.channels;
-    Tensor partial;
-    int64_t splits = 0;
-    const auto allocate = [&](int64_t count) {
-      splits = count;
-      partial = torch::stable::new_empty(x, {2 * splits * sums}, ScalarType::Double);
-      return static_cast<double*>(partial.mutable_data_ptr());
-    };
-    const auto run = [&](auto width, auto index) {
-      constexpr int V = decltype(width)::value;
-      using Index = decltype(index);
-      if (by_column) {
-        // Two columns of double per thread would spill around the subroutine of its division.
-        constexpr int W = sizeof(T) == 8 ? 1 : V;
-        int threads = 1;
-        while (threads < 32 && threads * W < columns) threads *= 2;
-        double* to_partial = allocate(ceil_div(walk.outer, static_cast<int64_t>(kThreads / threads) * kPacks));
-        const unsigned blocks = grid_size(splits * ceil_div(columns, static_cast<int64_t>(threads) * W));
-        learned_column_kernel<W, Index><<<blocks, kThreads, 0, launch.stream()>>>(
-            to, to_partial, from, above, parameters, bounds, walk.outer, columns, walk.inner, splits, threads);
-      } else {
-        const int64_t packs = walk.outer * ceil_div(walk.inner, V);
-        double* to_partial = allocate(ceil_div(packs, static_cast<int64_t>(kThreads) * kPacks));
-        learned_run_kernel<V, Index><<<grid_size(splits * walk.channels), kThreads, 0, launch.stream()>>>(
-            to, to_partial, from, above, parameters, bounds, walk.outer, walk.channels, walk.inner, splits);
-      }
-    };
-    const bool whole = by_column ? columns % kWide<T> == 0 : walk.channels == 1 || walk.inner % kWide<T> == 0;
-    const bool small = x.numel() <= std::numeric_limits<uint32_t>::max();
-    const auto with_width = [&](auto width) { small ? run(width, uint32_t{}) : run(width, uint64_t{}); };
-    if (wide && whole) {
-      with_width(std::integral_constant<int, kWide<T>>{});
-    } else {
-      with_width(std::integral_constant<int, 1>{});
-    }
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-    const int64_t inner = by_column ? walk.inner : 1;
-    const unsigned threads = splits > 256 ? 512 : 32, blocks = grid_size(walk.channels);
-    learned_finish_kernel<A><<<blocks, threads, 0, launch.stream()>>>(
-        static_cast<A*>(grad_scale.mutable_data_ptr()), static_cast<A*>(grad_zero.mutable_data_ptr()),
-        static_cast<const double*>(partial.const_data_ptr()), parameters.scale, splits, walk.channels, inner);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return {grad_x, grad_scale, grad_zero};
-}
-
 }  // namespace
-}  // namespace clusterq
 
-STABLE_TORCH_LIBRARY_IMPL(clusterq, CUDA, m) {
-  m.impl("fake_quantize_learned_backward", TORCH_BOX(&clusterq::fake_quantize_learned_backward));
+// Splits depend on shape, strides and dtype alone, so that the same bits come out of every run.
+LearnedPlan plan_learned(Element element, const Extent& extent, bool is_aligned) {
+  LearnedPlan plan{};
+  for_element(element, [&](auto value, auto) {
+    using T = decltype(value);
+    const int64_t columns = extent.channels * extent.inner, outer = extent.numel / columns;
+    plan.by_column = extent.channels > 1 && extent.inner < kShortRun;
+    const bool whole = plan.by_column ? columns % kWide<T> == 0 : extent.channels == 1 || extent.inner % kWide<T> == 0;
+    plan.width = is_aligned && whole ? kWide<T> : 1;
+    // Two columns of double per thread would spill.
+    if (plan.by_column && sizeof(T) == 8) plan.width = 1;
+    if (plan.by_column) {
+      plan.threads = 1;
+      while (plan.threads < 32 && plan.threads * plan.width < columns) plan.threads *= 2;
+      plan.splits = blocks_of(outer, static_cast<int64_t>(kThreads / plan.threads) * kPacks);
+      plan.sums = columns;
+    } else {
+      const int64_t packs = outer * blocks_of(extent.inner, plan.width);
+      plan.splits = blocks_of(packs, static_cast<int64_t>(kThreads) * kPacks);
+      plan.sums = extent.channels;
+    }
+  });
+  return plan;
 }
+
+void launch_learned_backward(Element element, const LearnedPlan& plan, const void* grad, const void* x, void* grad_x,
+                             double* partial, void* grad_scale, void* grad_zero, const Extent& extent,
+                             const GridSource& source, ActivationKind activation, cudaStream_t stream) {
+  for_element(element, [&](auto value, auto arithmetic) {
+    using T = decltype(value);
+    using A = decltype(arithmetic);
+    const auto parameters = given<A>(source);
+    const auto bounds = activation_of<A>(activation);
+    auto* to = static_cast<T*>(grad_x);
+    const auto* from = static_cast<const T*>(x);
+    const auto* above = static_cast<const T*>(grad);
+    const int64_t columns = extent.channels * extent.inner, outer = extent.numel / columns;
+    const auto run = [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      const ChannelWalk walk(extent, V);
+      const int64_t packs = outer * walk.per_run.divisor;
+      launch(learned_run_kernel<V, T, A>, plan.splits * extent.channels, kThreads, stream, to, partial, from, above,
+             parameters, bounds, walk, packs, plan.splits);
+    };
+    const auto run_columns = [&](auto width) {
+      constexpr int V = decltype(width)::value;
+      launch(learned_column_kernel<V, T, A>, plan.splits * blocks_of(columns, int64_t(plan.threads) * V), kThreads,
+             stream, to, partial, from, above, parameters, bounds, outer, columns, Divider(extent.inner), plan.splits,
+             plan.threads);
+    };
+    constexpr std::integral_constant<int, kWide<T>> wide;
+    constexpr std::integral_constant<int, 1> narrow;
+    if (!plan.by_column) {
+      plan.width == 1 ? run(narrow) : run(wide);
+    } else if constexpr (sizeof(T) == 8) {
+      run_columns(narrow);
+    } else {
+      plan.width == 1 ? run_columns(narrow) : run_columns(wide);
+    }
+    const int64_t inner = plan.by_column ? extent.inner : 1;
+    launch(learned_finish_kernel<A>, extent.channels, plan.splits > 256 ? 512 : 32, stream, static_cast<A*>(grad_scale),
+           static_cast<A*>(grad_zero), static_cast<const double*>(partial), parameters.scale, plan.splits,
+           extent.channels, inner);
+  });
+}
+
+}  // namespace clusterq

@@ -19,7 +19,9 @@ PYBIND11_MODULE(_C_cuda, module) {
   });
   module.def("ops", [] {
     pybind11::list names;
-    for (const std::string& name : clusterq::fake_quant_ops()) names.append(name);
+    for (const auto& list :
+         {clusterq::fake_quant_ops(), clusterq::fake_quant_range_ops(), clusterq::fake_quant_weight_ops()})
+      for (const std::string& name : list) names.append(name);
     return names;
   });
 }

@@ -7,5 +7,7 @@
 namespace clusterq {
 
 std::vector<std::string> fake_quant_ops();
+std::vector<std::string> fake_quant_range_ops();
+std::vector<std::string> fake_quant_weight_ops();
 
 }  // namespace clusterq

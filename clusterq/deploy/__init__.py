@@ -1,0 +1,7 @@
+"""clusterq's ops inside other libraries; each module needs its library and says so where it is missing.
+
+- `clusterq.deploy.torchao`: fake-quantize modules for torchao's PT2E flow and its `quantize_` QAT.
+- `clusterq.deploy.brevitas`: the tensor quantizer of Brevitas's layers.
+
+For torch.ao.quantization see `clusterq.nn.fake_quantize`.
+"""

@@ -1,0 +1,93 @@
+"""clusterq inside torchao, against torchao's own modules; skipped where torchao is not installed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("torchao", reason="torchao is not installed (pip install clusterq[peers])")
+
+from torchao.quantization import PerAxis, PerGroup, PerToken, quantize_
+from torchao.quantization.pt2e import fake_quantize as pt2e
+from torchao.quantization.pt2e import observer
+from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer, QATConfig
+
+from clusterq.deploy import torchao as ours
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TENSOR = {"observer": observer.MovingAverageMinMaxObserver, "quant_min": 0, "quant_max": 127, "dtype": torch.uint8}
+CHANNEL = {
+    "observer": observer.MovingAveragePerChannelMinMaxObserver,
+    "quant_min": -128,
+    "quant_max": 127,
+    "dtype": torch.int8,
+    "qscheme": torch.per_channel_symmetric,
+}
+
+
+def step(module: nn.Module, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    return y.detach(), torch.autograd.grad(y, x, slope)[0]
+
+
+@pytest.mark.parametrize("settings", [TENSOR, CHANNEL], ids=["tensor", "channel"])
+@pytest.mark.parametrize("name", ["FakeQuantize", "FusedMovingAvgObsFakeQuantize"])
+def test_modules_of_the_export_flow(name: str, settings: dict[str, Any]) -> None:
+    torch.manual_seed(1)
+    mine, theirs = (getattr(library, name)(**copy.deepcopy(settings)) for library in (ours, pt2e))
+    for number in range(4):
+        x, slope = torch.randn(6, 5, 4) * (1 + number), torch.randn(6, 5, 4)
+        for got, want in zip(step(mine, x, slope), step(theirs, x, slope), strict=True):
+            assert torch.equal(got, want)
+        assert list(mine.state_dict()) == list(theirs.state_dict())
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(mine.state_dict()[key], value), key
+    fresh = getattr(pt2e, name)(**copy.deepcopy(settings))
+    fresh.load_state_dict(mine.state_dict())
+    assert torch.equal(fresh.scale, mine.scale)
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (IntxFakeQuantizeConfig(torch.int8, PerToken(), is_symmetric=False), 96),
+        (IntxFakeQuantizeConfig(torch.int4, PerToken(), is_symmetric=False), 96),
+        (IntxFakeQuantizeConfig(torch.int4, PerGroup(32)), 32),
+        (IntxFakeQuantizeConfig(torch.int4, PerGroup(32), is_symmetric=False), 32),
+        (IntxFakeQuantizeConfig(torch.int8, PerAxis(0)), 96),
+    ],
+    ids=["token8", "token4", "group", "group affine", "axis"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizers_of_quantize(config: IntxFakeQuantizeConfig, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    x, slope = torch.randn(40, 96).to(dtype), torch.randn(40, 96).to(dtype)
+    mine, theirs = ours.IntxFakeQuantizer(config), IntxFakeQuantizer(config)
+    got, want = step(mine, x, slope), step(theirs, x, slope)
+    assert torch.equal(mine.scale.reshape(-1), theirs.scale.reshape(-1)) and got[0].dtype == dtype
+    assert torch.equal(mine.zero_point.reshape(-1), theirs.zero_point.reshape(-1))
+    if dtype == torch.float32:
+        assert torch.equal(got[0], want[0])
+        rows = got[0].reshape(-1, width)
+        # Which of two codes a tie at the end of the range takes: `clusterq.deploy.torchao`.
+        ends = (rows == rows.amin(1, keepdim=True)) | (rows == rows.amax(1, keepdim=True))
+        ends = ends.reshape(x.shape)
+        torch.testing.assert_close(got[1][~ends], want[1][~ends], rtol=1e-6, atol=0)
+
+
+def test_replacement_in_a_model_names_what_it_cannot_replace() -> None:
+    network = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ValueError, match="no fake-quantizer"):
+        ours.replace_fake_quantizers(network)
+    weights = IntxFakeQuantizeConfig(torch.int4, PerGroup(32), is_dynamic=False, range_learning=True)
+    quantize_(network, QATConfig(weight_config=weights, step="prepare"))
+    before = dict(network.named_modules())
+    with pytest.raises(NotImplementedError, match=r"0\.weight_fake_quantizer: .*range_learning"):
+        ours.replace_fake_quantizers(network)
+    assert dict(network.named_modules()) == before
