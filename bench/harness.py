@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 
 OURS = "clusterq"
 QUICK_REPEATS = 3
-# Seconds. Calls that are repeated within a round find their data in the cache, which would favour the faster side: only
-# calls too short for the clock are, on the full shapes next to none.
+# Seconds; shorter calls are repeated within a round, and those of their peers with them.
 SHORTEST = 2e-4
 
 Call = Callable[[], object]

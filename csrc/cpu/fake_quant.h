@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -99,35 +100,47 @@ void for_runs(const Walk& walk, const F& body) {
 }
 
 // Rows of channels * inner elements, repeated until a row is long enough to be worth a vector loop. `shards` splits the
-// rows into fixed groups with their own accumulators, columns are split into blocks.
+// rows into fixed groups with their own accumulators, columns are split into blocks. `period`: the least whole number of
+// vectors of 16 elements after which channels come again, the row where there is none.
 struct Pattern {
-  int64_t row, rows, columns, shards, rows_per_shard;
+  int64_t row, rows, columns, shards, rows_per_shard, period;
   explicit Pattern(const Walk& walk) {
     const int64_t once = walk.channels * walk.inner;
-    row = once * std::min(std::max<int64_t>(1, 512 / once), walk.outer);
+    // Rounded up to a multiple of 2, 4, 8 or 16 where that makes the row a whole number of vectors.
+    int64_t repeats = std::max<int64_t>(1, 576 / once);
+    for (int64_t step = 2; step <= 16 && once * repeats % 16 != 0; step *= 2) repeats = ceil_div(repeats, step) * step;
+    row = once * std::min(repeats, walk.outer);
+    period = row % 16 == 0 ? std::lcm(once, int64_t(16)) : row;
     rows = ceil_div(walk.numel(), row);
     columns = ceil_div(row, Walk::kBlock);
-    // At most 64 shards, fewer where their accumulators would outgrow the cache.
-    const int64_t wanted = std::clamp<int64_t>((int64_t(1) << 17) / row, 1, 64);
+    // At most 64 shards, fewer where their accumulators would outgrow the cache or there is little to add up.
+    const int64_t most = std::min((int64_t(1) << 17) / row, walk.numel() >> 16);
+    const int64_t wanted = std::clamp<int64_t>(most, 1, 64);
     rows_per_shard = ceil_div(rows, std::min(rows, wanted));
     shards = ceil_div(rows, rows_per_shard);
   }
 };
 
-// Calls `body(first, length, column, shard)` for every row and column block; all rows of a (shard, column) in order, on
-// one thread.
+// Calls `body(first, length, column, shard, rows)` for every column block of every group of rows, up to kTile of them,
+// `pattern.row` elements apart; all rows of a (shard, column) in order, on one thread. What a column needs, its grid and
+// its sums, is loaded once for a group.
 template <typename F>
 void for_pattern(const Walk& walk, const Pattern& pattern, const F& body) {
+  constexpr int64_t kTile = 8;
   const int64_t total = walk.numel(), per_task = pattern.rows_per_shard * std::min(pattern.row, Walk::kBlock);
+  // The last row may be cut short: then it is a group of its own.
+  const int64_t whole = total / pattern.row;
   parallel_for(0, pattern.shards * pattern.columns, ceil_div(2 * Walk::kBlock, per_task),
                [&](int64_t begin, int64_t end) {
                  for (int64_t task = begin; task < end; ++task) {
                    const int64_t shard = task / pattern.columns, column = task % pattern.columns * Walk::kBlock;
                    const int64_t last = std::min(pattern.rows, (shard + 1) * pattern.rows_per_shard);
-                   for (int64_t row = shard * pattern.rows_per_shard; row < last; ++row) {
+                   int64_t rows = 1;
+                   for (int64_t row = shard * pattern.rows_per_shard; row < last; row += rows) {
+                     rows = row < whole ? std::min({kTile, last - row, whole - row}) : 1;
                      const int64_t first = row * pattern.row + column;
                      const int64_t length = std::min({Walk::kBlock, pattern.row - column, total - first});
-                     if (length > 0) body(first, length, column, shard);
+                     if (length > 0) body(first, length, column, shard, rows);
                    }
                  }
                });
@@ -138,20 +151,24 @@ template <typename A>
 struct OneGrid {
   Grid<A> grid;
   CLUSTERQ_INLINE Grid<A> at(int64_t) const { return grid; }
+  A least_scale() const { return grid.scale; }
 };
 
+// `period`: what lies so many elements apart has the same grid. `least`: the least scale of all channels.
 template <typename A>
 struct GridRow {
   const A *scale, *inverse, *zero_point;
-  A quant_min, quant_max;
+  A quant_min, quant_max, least;
+  int64_t period;
+  A least_scale() const { return least; }
   CLUSTERQ_INLINE Grid<A> at(int64_t i) const { return {scale[i], inverse[i], zero_point[i], quant_min, quant_max}; }
 };
 
 template <typename A>
 struct Grids {
   std::vector<A> scale, inverse, zero_point;
-  A quant_min, quant_max;
-  int64_t channels;
+  A quant_min, quant_max, least;
+  int64_t channels, period = 0;
 
   Grids(const A* scales, const A* zero_points, int64_t count, int64_t low, int64_t high)
       : scale(scales, scales + count),
@@ -159,7 +176,9 @@ struct Grids {
         zero_point(zero_points, zero_points + count),
         quant_min(static_cast<A>(low)),
         quant_max(static_cast<A>(high)),
+        least(std::numeric_limits<A>::infinity()),
         channels(count) {
+    for (int64_t c = 0; c < count; ++c) least = std::min(least, scale[c]);
     for (int64_t c = 0; c < count; ++c) inverse[c] = A(1) / scale[c];
   }
 
@@ -179,6 +198,7 @@ struct Grids {
   // Lays the parameters out as one row of the pattern.
   Grids expanded(const Walk& walk, const Pattern& pattern) const {
     Grids wide = *this;
+    wide.period = pattern.period;
     for (auto* list : {&wide.scale, &wide.inverse, &wide.zero_point}) {
       const std::vector<A> narrow = *list;
       list->resize(pattern.row);
@@ -190,7 +210,8 @@ struct Grids {
   }
 
   GridRow<A> row(int64_t column) const {
-    return {scale.data() + column, inverse.data() + column, zero_point.data() + column, quant_min, quant_max};
+    return {scale.data() + column, inverse.data() + column, zero_point.data() + column, quant_min, quant_max,
+            least, period};
   }
 };
 

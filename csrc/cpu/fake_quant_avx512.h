@@ -61,50 +61,63 @@ CLUSTERQ_LANES __mmask16 active_lanes(__mmask16 lanes, __m512 x, const Activatio
   return _mm512_mask_cmp_ps_mask(lanes, x, activation.high, _CMP_LT_OQ);
 }
 
-// Of one grid the activation is folded into the bounds; of a row that would be more work than clamping each element.
+// The bounds with the activation folded into them, see `to_steps`.
+CLUSTERQ_LANES GridLanes folded(const GridLanes& grid, const ActivationLanes& activation) {
+  const __m512 low = round_lanes(_mm512_mul_ps(activation.low, grid.inverse));
+  const __m512 high = round_lanes(_mm512_mul_ps(activation.high, grid.inverse));
+  return {grid.inverse, grid.scale, clamp_lanes(low, grid.low, grid.high), clamp_lanes(high, grid.low, grid.high)};
+}
+
+CLUSTERQ_LANES __m512 quantized_lanes(__m512 x, const GridLanes& grid) {
+  const __m512 code = clamp_lanes(round_lanes(_mm512_mul_ps(x, grid.inverse)), grid.low, grid.high);
+  // Adding 0 turns -0 into +0.
+  return _mm512_mul_ps(_mm512_add_ps(code, _mm512_setzero_ps()), grid.scale);
+}
+
+// Calls `body(i, lanes, grid)` for every sixteen of n elements, `grid` being `prepare` of theirs, made once for all that
+// share it.
+template <typename P, typename F>
+CLUSTERQ_LANES void for_lanes(int64_t n, const OneGrid<float>& one, const P& prepare, const F& body) {
+  const GridLanes grid = prepare(grid_lanes(one, 0, 0xffff));
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) body(i, static_cast<__mmask16>(0xffff), grid);
+  if (i < n) body(i, first_lanes(n - i), grid);
+}
+
+template <typename P, typename F>
+CLUSTERQ_LANES void for_lanes(int64_t n, const GridRow<float>& row, const P& prepare, const F& body) {
+  for (int64_t column = 0; column < std::min(n, row.period); column += 16) {
+    const GridLanes grid = prepare(grid_lanes(row, column, first_lanes(n - column)));
+    int64_t i = column;
+    for (; i + 16 <= n; i += row.period) body(i, static_cast<__mmask16>(0xffff), grid);
+    if (i < n) body(i, first_lanes(n - i), grid);
+  }
+}
+
+#define CLUSTERQ_LANES_LAMBDA __attribute__((target(CLUSTERQ_AVX512), always_inline))
+
 template <typename T, typename G>
 __attribute__((target(CLUSTERQ_AVX512))) void forward_lanes(const T* x, T* y, int64_t n, const G& grids,
                                                             const Activation<float>& activation) {
-  constexpr bool kOne = std::is_same_v<G, OneGrid<float>>;
   const ActivationLanes active = activation_lanes(activation);
-  GridLanes one;
-  if constexpr (kOne) {
-    const Steps<float> steps = to_steps(grids.grid, activation);
-    one = {_mm512_set1_ps(steps.inverse), _mm512_set1_ps(steps.scale), _mm512_set1_ps(steps.low),
-           _mm512_set1_ps(steps.high)};
-  }
-  const auto sixteen = [&](int64_t i, __mmask16 lanes) __attribute__((target(CLUSTERQ_AVX512), always_inline)) {
-    const __m512 from = load_lanes(x + i, lanes);
-    __m512 v = from;
-    GridLanes grid = one;
-    if constexpr (!kOne) {
-      v = clamp_lanes(from, active.low, active.high);
-      grid = grid_lanes(grids, i, lanes);
-    }
-    const __m512 code = clamp_lanes(round_lanes(_mm512_mul_ps(v, grid.inverse)), grid.low, grid.high);
-    // Adding 0 turns -0 into +0.
-    store_lanes(y + i, _mm512_mul_ps(_mm512_add_ps(code, _mm512_setzero_ps()), grid.scale), lanes);
-  };
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) sixteen(i, 0xffff);
-  if (i < n) sixteen(i, first_lanes(n - i));
+  const auto prepare = [&](const GridLanes& grid) CLUSTERQ_LANES_LAMBDA { return folded(grid, active); };
+  for_lanes(n, grids, prepare, [&](int64_t i, __mmask16 lanes, const GridLanes& grid) CLUSTERQ_LANES_LAMBDA {
+    store_lanes(y + i, quantized_lanes(load_lanes(x + i, lanes), grid), lanes);
+  });
 }
 
 template <typename T, typename G>
 __attribute__((target(CLUSTERQ_AVX512))) void backward_lanes(const T* grad, const T* x, T* grad_x, int64_t n,
                                                              const G& grids, const Activation<float>& activation) {
   const ActivationLanes active = activation_lanes(activation);
-  const auto sixteen = [&](int64_t i, __mmask16 lanes) __attribute__((target(CLUSTERQ_AVX512), always_inline)) {
-    const GridLanes grid = grid_lanes(grids, i, lanes);
+  const auto prepare = [](const GridLanes& grid) CLUSTERQ_LANES_LAMBDA { return grid; };
+  for_lanes(n, grids, prepare, [&](int64_t i, __mmask16 lanes, const GridLanes& grid) CLUSTERQ_LANES_LAMBDA {
     const __m512 from = load_lanes(x + i, lanes);
     const __m512 rounded = round_lanes(_mm512_mul_ps(clamp_lanes(from, active.low, active.high), grid.inverse));
     const __m512 bounded = clamp_lanes(rounded, grid.low, grid.high);
     const __mmask16 inside = _mm512_mask_cmp_ps_mask(lanes, rounded, bounded, _CMP_EQ_OQ);
     store_kept(grad_x + i, grad + i, active_lanes(inside, from, active), lanes);
-  };
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) sixteen(i, 0xffff);
-  if (i < n) sixteen(i, first_lanes(n - i));
+  });
 }
 
 // Moves `low` and `high` out to the finite ones of sixteen activated elements.
@@ -143,19 +156,21 @@ __attribute__((target(CLUSTERQ_AVX512))) void range_lanes(const T* x, int64_t n,
   *largest = _mm512_reduce_max_ps(high[0]);
 }
 
-// The same for every column of a row.
+// The same for every column of rows that lie `stride` elements apart.
 template <typename T>
-__attribute__((target(CLUSTERQ_AVX512))) void range_row_lanes(const T* x, int64_t n,
-                                                              const Activation<float>& activation, float* low,
-                                                              float* high) {
+__attribute__((target(CLUSTERQ_AVX512))) void range_rows_lanes(const T* x, int64_t n, int64_t rows, int64_t stride,
+                                                               const Activation<float>& activation, float* low,
+                                                               float* high) {
   const ActivationLanes active = activation_lanes(activation);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
+  const auto sixteen = [&](int64_t i, __mmask16 lanes) __attribute__((target(CLUSTERQ_AVX512), always_inline)) {
     __m512 smallest = _mm512_maskz_loadu_ps(lanes, low + i), largest = _mm512_maskz_loadu_ps(lanes, high + i);
-    extend_lanes(x + i, lanes, active, smallest, largest);
+    for (int64_t at = i; at < i + rows * stride; at += stride) extend_lanes(x + at, lanes, active, smallest, largest);
     _mm512_mask_storeu_ps(low + i, lanes, smallest);
     _mm512_mask_storeu_ps(high + i, lanes, largest);
-  }
+  };
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) sixteen(i, 0xffff);
+  if (i < n) sixteen(i, first_lanes(n - i));
 }
 
 }  // namespace

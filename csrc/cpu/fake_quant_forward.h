@@ -21,8 +21,8 @@ CLUSTERQ_INLINE void forward_run(const T* x, T* y, int64_t n, G grids, Activatio
 template <typename T, typename A, typename G>
 void forward_piece(const T* x, T* y, int64_t n, const G& grids, const Activation<A>& activation) {
 #ifdef CLUSTERQ_X86
-  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<G, OneGrid<A>>)
-    if (rounds_exactly(grids.grid)) return forward_bfloat16(x, y, n, to_steps(grids.grid, activation));
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (rounds_exactly(grids.least_scale())) return forward_bfloat16(x, y, n, grids, activation);
   if constexpr (std::is_same_v<A, float>)
     if (cpu_level() == CpuLevel::kAvx512) return forward_lanes(x, y, n, grids, activation);
 #endif

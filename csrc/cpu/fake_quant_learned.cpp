@@ -1,4 +1,6 @@
 // Learned (LSQ) backward of fake-quantize: gradients for x, scale and zero point in one read of x and grad.
+#include <functional>
+
 #include "fake_quant_learned_avx512.h"
 #include "fake_quant_sums.h"
 
@@ -64,17 +66,18 @@ void learned_run_at_level(const T* grad, const T* x, T* grad_x, int64_t n, OneGr
 }
 
 template <typename T, typename A>
-void learned_row_at_level(const T* grad, const T* x, T* grad_x, int64_t n, GridRow<A> grids, Activation<A> activation,
-                          double* scale, double* outside) {
+void learned_rows_at_level(const T* grad, const T* x, T* grad_x, int64_t n, int64_t rows, int64_t stride,
+                           GridRow<A> grids, Activation<A> activation, double* scale, double* outside) {
 #ifdef CLUSTERQ_X86
   if constexpr (std::is_same_v<A, float>) {
     if (cpu_level() == CpuLevel::kAvx512) {
-      const auto row = std::isfinite(activation.low) ? learned_row_lanes<true, T> : learned_row_lanes<false, T>;
-      return row(grad, x, grad_x, n, grids, activation, scale, outside);
+      const auto body = std::isfinite(activation.low) ? learned_rows_lanes<true, T> : learned_rows_lanes<false, T>;
+      return body(grad, x, grad_x, n, rows, stride, grids, activation, scale, outside);
     }
   }
 #endif
-  at_level<learned_row<T, A>>(grad, x, grad_x, n, grids, activation, scale, outside);
+  for (int64_t at = 0; at < rows * stride; at += stride)
+    at_level<learned_row<T, A>>(grad + at, x + at, grad_x + at, n, grids, activation, scale, outside);
 }
 
 template <typename T, typename A>
@@ -86,13 +89,13 @@ std::vector<LearnedSums> learned(const Walk& walk, const Grids<A>& grids, Activa
     const Pattern pattern(walk);
     const Grids<A> wide = grids.expanded(walk, pattern);
     std::vector<double> scale(pattern.shards * pattern.row), outside(pattern.shards * pattern.row);
-    for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard) {
+    for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard, int64_t rows) {
       const int64_t at = shard * pattern.row + column;
-      learned_row_at_level<T, A>(grad + i, x + i, grad_x + i, n, wide.row(column), activation, &scale[at],
-                                 &outside[at]);
+      learned_rows_at_level<T, A>(grad + i, x + i, grad_x + i, n, rows, pattern.row, wide.row(column), activation,
+                                  &scale[at], &outside[at]);
     });
-    fold_pattern(walk, pattern, scale, [&](int64_t c, double v) { total[c].scale += v; });
-    fold_pattern(walk, pattern, outside, [&](int64_t c, double v) { total[c].outside += v; });
+    fold_pattern(walk, pattern, scale, std::plus<double>(), [&](int64_t c, double v) { total[c].scale += v; });
+    fold_pattern(walk, pattern, outside, std::plus<double>(), [&](int64_t c, double v) { total[c].outside += v; });
   } else {
     std::vector<LearnedSums> partial(walk.outer * walk.channels * walk.blocks_per_run());
     for_runs(walk, [&](int64_t i, int64_t n, int64_t channel, int64_t task) {

@@ -57,27 +57,34 @@ __attribute__((target(CLUSTERQ_AVX512))) void learned_run_lanes(const T* grad, c
   }
 }
 
-// One grid and one pair of sums per element of the row.
+// One grid and one pair of sums per column, both in registers for all of the rows, which lie `stride` elements apart.
 template <bool kActivated, typename T>
-__attribute__((target(CLUSTERQ_AVX512))) void learned_row_lanes(const T* grad, const T* x, T* grad_x, int64_t n,
-                                                                const GridRow<float>& grids,
-                                                                const Activation<float>& activation, double* scale,
-                                                                double* outside) {
+__attribute__((target(CLUSTERQ_AVX512))) void learned_rows_lanes(const T* grad, const T* x, T* grad_x, int64_t n,
+                                                                 int64_t rows, int64_t stride,
+                                                                 const GridRow<float>& grids,
+                                                                 const Activation<float>& activation, double* scale,
+                                                                 double* outside) {
   const ActivationLanes active = activation_lanes(activation);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 lanes = first_lanes(n - i);
+  const auto sixteen = [&](int64_t i, __mmask16 lanes) __attribute__((target(CLUSTERQ_AVX512), always_inline)) {
     const __mmask8 halves[2] = {static_cast<__mmask8>(lanes), static_cast<__mmask8>(lanes >> 8)};
+    const GridLanes grid = grid_lanes(grids, i, lanes);
     LearnedLanes sums;
     for (int half = 0; half < 2; ++half) {
       sums.scale[half] = _mm512_maskz_loadu_pd(halves[half], scale + i + 8 * half);
       sums.outside[half] = _mm512_maskz_loadu_pd(halves[half], outside + i + 8 * half);
     }
-    learned_sixteen<kActivated>(grad + i, x + i, grad_x + i, lanes, grid_lanes(grids, i, lanes), active, sums);
+    for (int64_t at = i; at < i + rows * stride; at += stride) {
+      learned_sixteen<kActivated>(grad + at, x + at, grad_x + at, lanes, grid, active, sums);
+    }
     for (int half = 0; half < 2; ++half) {
       _mm512_mask_storeu_pd(scale + i + 8 * half, halves[half], sums.scale[half]);
       _mm512_mask_storeu_pd(outside + i + 8 * half, halves[half], sums.outside[half]);
     }
-  }
+  };
+  int64_t i = 0;
+  // A constant mask makes plain loads and stores: a load waits for a masked store to reach the cache.
+  for (; i + 16 <= n; i += 16) sixteen(i, 0xffff);
+  if (i < n) sixteen(i, first_lanes(n - i));
 }
 
 }  // namespace

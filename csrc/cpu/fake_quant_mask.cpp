@@ -104,14 +104,15 @@ void masked_blocks(const Walk& walk, const PieceGrids<A>& pieces, Activation<A> 
                    uint8_t* mask, int64_t start, int64_t length, const F& look) {
 #ifdef CLUSTERQ_X86
   // Pieces that begin and end between the sixteen elements of a vector, the last one of x excepted.
-  const bool aligned = !pieces.pattern && (walk.channels == 1 || walk.inner % 16 == 0);
+  const bool aligned = pieces.pattern ? pieces.pattern->row % 16 == 0 : walk.channels == 1 || walk.inner % 16 == 0;
   if constexpr (std::is_same_v<A, float>) {
     if (aligned && cpu_level() == CpuLevel::kAvx512) {
       for_rule(rule, [&](auto kind) {
         for_pieces(walk, pieces.pattern, start, length, [&](int64_t first, int64_t n, int64_t place) {
           look(first, n, place);
-          masked_lanes<decltype(kind)::value>(x + first, y + first, mask + first / 8, n, pieces.grids.one(place).grid,
-                                              activation);
+          pieces.with(place, [&](auto g) {
+            masked_lanes<decltype(kind)::value>(x + first, y + first, mask + first / 8, n, g, activation);
+          });
         });
       });
       return;
@@ -210,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> delayed(const Tensor& input, Tensor r
             masked_blocks<T, A>(walk, pieces, bounds, kind, from, to, bits, start, length,
                                 [&](int64_t first, int64_t n, int64_t place) {
                                   if (pieces.pattern) {
-                                    extend_row<T, A>(from + first, n, bounds, &low[place], &high[place]);
+                                    extend_rows<T, A>(from + first, n, 1, n, bounds, &low[place], &high[place]);
                                   } else {
                                     const auto now = range_of<T, A>(from + first, n, bounds);
                                     low[place] = std::min(low[place], now.low);

@@ -62,12 +62,14 @@ Range<A> range_of(const T* x, int64_t n, const Activation<A>& activation) {
 }
 
 template <typename T, typename A>
-void extend_row(const T* x, int64_t n, const Activation<A>& activation, A* low, A* high) {
+void extend_rows(const T* x, int64_t n, int64_t rows, int64_t stride, const Activation<A>& activation, A* low,
+                 A* high) {
 #ifdef CLUSTERQ_X86
   if constexpr (std::is_same_v<A, float>)
-    if (cpu_level() == CpuLevel::kAvx512) return range_row_lanes(x, n, activation, low, high);
+    if (cpu_level() == CpuLevel::kAvx512) return range_rows_lanes(x, n, rows, stride, activation, low, high);
 #endif
-  at_level<range_row<T, A>>(x, n, activation, low, high);
+  for (int64_t at = 0; at < rows * stride; at += stride)
+    at_level<range_row<T, A>>(x + at, n, activation, low, high);
 }
 
 template <typename T, typename A>
@@ -78,12 +80,14 @@ std::vector<Range<A>> channel_ranges(const Walk& walk, Activation<A> activation,
     const Pattern pattern(walk);
     std::vector<A> low(pattern.shards * pattern.row, std::numeric_limits<A>::infinity());
     std::vector<A> high(low.size(), -std::numeric_limits<A>::infinity());
-    for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard) {
+    for_pattern(walk, pattern, [&](int64_t i, int64_t n, int64_t column, int64_t shard, int64_t rows) {
       const int64_t at = shard * pattern.row + column;
-      extend_row<T, A>(x + i, n, activation, &low[at], &high[at]);
+      extend_rows<T, A>(x + i, n, rows, pattern.row, activation, &low[at], &high[at]);
     });
-    fold_pattern(walk, pattern, low, [&](int64_t c, A v) { total[c].extend({v, total[c].high}); });
-    fold_pattern(walk, pattern, high, [&](int64_t c, A v) { total[c].extend({total[c].low, v}); });
+    const auto least = [](A a, A b) { return b < a ? b : a; };
+    const auto most = [](A a, A b) { return b > a ? b : a; };
+    fold_pattern(walk, pattern, low, least, [&](int64_t c, A v) { total[c].extend({v, total[c].high}); });
+    fold_pattern(walk, pattern, high, most, [&](int64_t c, A v) { total[c].extend({total[c].low, v}); });
   } else {
     std::vector<Range<A>> partial(walk.outer * walk.channels * walk.blocks_per_run());
     for_runs(walk, [&](int64_t i, int64_t n, int64_t, int64_t task) {

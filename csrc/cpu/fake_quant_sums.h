@@ -18,13 +18,17 @@ CLUSTERQ_INLINE double total_of(double (&partial)[kPartial]) {
   return partial[0];
 }
 
-// Per-channel totals of [shards, row] accumulators.
-template <typename V, typename F>
-void fold_pattern(const Walk& walk, const Pattern& pattern, const std::vector<V>& partial, const F& add) {
-  for (int64_t shard = 0; shard < pattern.shards; ++shard)
-    for (int64_t start = 0; start < pattern.row; start += walk.channels * walk.inner)
-      for (int64_t c = 0; c < walk.channels; ++c)
-        for (int64_t i = 0; i < walk.inner; ++i) add(c, partial[shard * pattern.row + start + c * walk.inner + i]);
+// Per-channel totals of [shards, row] accumulators: `add(channel, value)` for every column, its shards joined in order.
+template <typename V, typename J, typename F>
+void fold_pattern(const Walk& walk, const Pattern& pattern, std::vector<V>& partial, const J& join, const F& add) {
+  V* const row = partial.data();
+  for (int64_t shard = 1; shard < pattern.shards; ++shard) {
+    const V* const next = row + shard * pattern.row;
+    for (int64_t i = 0; i < pattern.row; ++i) row[i] = join(row[i], next[i]);
+  }
+  for (int64_t start = 0; start < pattern.row; start += walk.channels * walk.inner)
+    for (int64_t c = 0; c < walk.channels; ++c)
+      for (int64_t i = 0; i < walk.inner; ++i) add(c, row[start + c * walk.inner + i]);
 }
 
 // Per-channel totals of one value per task of `for_runs`.
