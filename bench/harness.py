@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 OURS = "clusterq"
 QUICK_REPEATS = 3
 # Seconds; shorter calls are repeated within a round, and those of their peers with them.
-SHORTEST = 2e-4
+SHORTEST = 1e-3
 
 Call = Callable[[], object]
 Direction = Literal["at least x faster", "at most x of the time", "at most x microseconds over"]

@@ -84,9 +84,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time each function, taking turns in one process, so that slow drifts of the machine fall on all alike.
 
-    Where the shortest call takes less than `min_time` seconds, calls are repeated inside a round: all equally often, for
-    from the second on they find their data in the cache; those ten times as long as `min_time` only once. Ratios come
-    from `Timing.ratio_to`.
+    A turn begins with a call that is not timed, so that no function finds the caches as another one left them. Where the
+    shortest call takes less than `min_time` seconds, all are called equally often in a turn, those ten times as long as
+    `min_time` once. Ratios come from `Timing.ratio_to`.
     """
     once = {}
     for name, function in functions.items():
@@ -100,6 +100,7 @@ def interleave(
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            function()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 function()

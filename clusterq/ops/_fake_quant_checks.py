@@ -132,7 +132,8 @@ def as_zero_point(
     check_zero_point(value, quant_min, quant_max)
     zero_point = detached(as_parameter(value, x, axis, dtype, "zero_point"))
     integral = not value.dtype.is_floating_point if isinstance(value, Tensor) else isinstance(value, int)
-    return zero_point if integral else zero_point.round().clamp(quant_min, quant_max)
+    # In this order the second of them needs no memory: the bounds are whole.
+    return zero_point if integral else zero_point.clamp(quant_min, quant_max).round_()
 
 
 def keeps_mask(x: Tensor, save: Save, gradient: str, activation: Activation) -> bool:
