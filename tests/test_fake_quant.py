@@ -53,6 +53,46 @@ def test_forward_and_clipped_gradient_in_every_layout(dtype: torch.dtype, axis: 
         assert not got[x.detach().isnan()].any()
 
 
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+@pytest.mark.parametrize(("low", "high"), [(-2, 1), (0, 3), (-4, 3), (-8, 7), (0, 15), (-16, 15), (-32, 31), (0, 255)])
+def test_every_bfloat16_value(low: int, high: int, activation: str) -> None:
+    """Exhaustive: kernels may take another way for 16-bit values on few codes than for all others."""
+    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    x = bits.view(torch.bfloat16)
+    for zero_point in {low, 0, (low + high + 1) // 2, high}:
+        for scale in (0.07, 0.25, 1.0, 3.3, 1e-30, 1e-38, 1e36, 6.0 / high, 2.0**-126):
+            s, z = torch.tensor([scale]), torch.tensor([float(zero_point)])
+            value, _, _ = formula(x, s, z, low, high, None, activation)
+            assert equal(OP.fake_quantize(x, s, z, low, high, None, activation), value), (zero_point, scale)
+
+
+# Channels that come again after 16, 32, 64 and more elements, in whole vectors and not, with rows that end anywhere.
+@pytest.mark.parametrize("channels", [2, 3, 16, 24, 32, 48, 64, 65, 128, 600])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_channels_fastest(dtype: torch.dtype, channels: int) -> None:
+    torch.manual_seed(channels)
+    x = with_specials((torch.randn(7, channels, 9, 13) * 2).to(dtype)).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(x.shape).to(dtype)
+    scale, zero_point = parameters(x, 1, -8, 7)
+    for activation in ("none", "relu6"):
+        arguments = (scale, zero_point, -8, 7, 1, activation)
+        value, q, _ = formula(x, *arguments)
+        assert equal(OP.fake_quantize(x, *arguments), value)
+        mask = (q >= -8) & (q <= 7) & activation_mask(x, activation)
+        kept = torch.where(mask, grad, torch.zeros_like(grad))
+        assert equal(OP.fake_quantize_backward(grad, x, *arguments), kept)
+        y, saved = OP.fake_quantize_masked(x, *arguments, "codes")
+        assert equal(y, value) and equal(OP.fake_quantize_masked_backward(grad, saved, list(x.stride())), kept)
+        to_x, *to_parameters = OP.fake_quantize_learned_backward(grad, x, *arguments)
+        assert equal(to_x, kept)
+        for ours, truth in zip(to_parameters, learned_formula(grad, x, *arguments), strict=True):
+            torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+        finite = torch.where(x.isfinite(), x.to(scale.dtype), torch.nan)
+        if activation == "none":
+            wanted = [f(finite.nan_to_num(fill), (0, 2, 3)) for f, fill in ((torch.amin, INF), (torch.amax, -INF))]
+            assert [equal(a, b + 0.0) for a, b in zip(OP.finite_range(x, 1, "none"), wanted, strict=True)] == [True] * 2
+
+
 # Lengths around the block size, the vector widths, and the choice between runs and rows of parameters.
 @pytest.mark.parametrize(
     ("shape", "axis"),

@@ -100,8 +100,8 @@ void for_runs(const Walk& walk, const F& body) {
 }
 
 // Rows of channels * inner elements, repeated until a row is long enough to be worth a vector loop. `shards` splits the
-// rows into fixed groups with their own accumulators, columns are split into blocks. `period`: the least whole number of
-// vectors of 16 elements after which channels come again, the row where there is none.
+// rows into fixed groups with their own accumulators, columns are split into blocks. `period`: the least whole number
+// of vectors of 16 elements after which channels come again, the row where there is none.
 struct Pattern {
   int64_t row, rows, columns, shards, rows_per_shard, period;
   explicit Pattern(const Walk& walk) {
@@ -122,8 +122,8 @@ struct Pattern {
 };
 
 // Calls `body(first, length, column, shard, rows)` for every column block of every group of rows, up to kTile of them,
-// `pattern.row` elements apart; all rows of a (shard, column) in order, on one thread. What a column needs, its grid and
-// its sums, is loaded once for a group.
+// `pattern.row` elements apart; all rows of a (shard, column) in order, on one thread. What a column needs, its grid
+// and its sums, is loaded once for a group.
 template <typename F>
 void for_pattern(const Walk& walk, const Pattern& pattern, const F& body) {
   constexpr int64_t kTile = 8;
@@ -210,8 +210,13 @@ struct Grids {
   }
 
   GridRow<A> row(int64_t column) const {
-    return {scale.data() + column, inverse.data() + column, zero_point.data() + column, quant_min, quant_max,
-            least, period};
+    return {scale.data() + column,
+            inverse.data() + column,
+            zero_point.data() + column,
+            quant_min,
+            quant_max,
+            least,
+            period};
   }
 };
 

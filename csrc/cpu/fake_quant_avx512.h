@@ -74,8 +74,8 @@ CLUSTERQ_LANES __m512 quantized_lanes(__m512 x, const GridLanes& grid) {
   return _mm512_mul_ps(_mm512_add_ps(code, _mm512_setzero_ps()), grid.scale);
 }
 
-// Calls `body(i, lanes, grid)` for every sixteen of n elements, `grid` being `prepare` of theirs, made once for all that
-// share it.
+// Calls `body(i, lanes, grid)` for every sixteen of n elements, `grid` being `prepare` of theirs, made once for all
+// that share it.
 template <typename P, typename F>
 CLUSTERQ_LANES void for_lanes(int64_t n, const OneGrid<float>& one, const P& prepare, const F& body) {
   const GridLanes grid = prepare(grid_lanes(one, 0, 0xffff));
@@ -84,8 +84,25 @@ CLUSTERQ_LANES void for_lanes(int64_t n, const OneGrid<float>& one, const P& pre
   if (i < n) body(i, first_lanes(n - i), grid);
 }
 
+// A period of kVectors vectors, whose grids stay in registers while memory is walked in order.
+template <int kVectors, typename P, typename F>
+CLUSTERQ_LANES void for_periods(int64_t n, const GridRow<float>& row, const P& prepare, const F& body) {
+  GridLanes grids[kVectors];
+#pragma GCC unroll 4
+  for (int k = 0; k < kVectors; ++k) grids[k] = prepare(grid_lanes(row, 16 * k, first_lanes(n - 16 * k)));
+  int64_t i = 0;
+  for (; i + 16 * kVectors <= n; i += 16 * kVectors)
+#pragma GCC unroll 4
+    for (int k = 0; k < kVectors; ++k) body(i + 16 * k, static_cast<__mmask16>(0xffff), grids[k]);
+  for (int k = 0; i < n; ++k, i += 16) body(i, first_lanes(n - i), grids[k]);
+}
+
 template <typename P, typename F>
 CLUSTERQ_LANES void for_lanes(int64_t n, const GridRow<float>& row, const P& prepare, const F& body) {
+  if (row.period == 16 && n >= 16) return for_periods<1>(n, row, prepare, body);
+  if (row.period == 32 && n >= 32) return for_periods<2>(n, row, prepare, body);
+  if (row.period == 64 && n >= 64) return for_periods<4>(n, row, prepare, body);
+  // Column by column.
   for (int64_t column = 0; column < std::min(n, row.period); column += 16) {
     const GridLanes grid = prepare(grid_lanes(row, column, first_lanes(n - column)));
     int64_t i = column;

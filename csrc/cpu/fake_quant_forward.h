@@ -3,6 +3,7 @@
 
 #include "fake_quant_avx512.h"
 #include "fake_quant_bfloat16.h"
+#include "fake_quant_table_avx512.h"
 
 namespace clusterq {
 namespace {
@@ -21,6 +22,14 @@ CLUSTERQ_INLINE void forward_run(const T* x, T* y, int64_t n, G grids, Activatio
 template <typename T, typename A, typename G>
 void forward_piece(const T* x, T* y, int64_t n, const G& grids, const Activation<A>& activation) {
 #ifdef CLUSTERQ_X86
+  if constexpr (std::is_same_v<T, BFloat16> && std::is_same_v<G, OneGrid<A>>) {
+    // Of a short run, such as a channel of a small weight, the table would be most of the work.
+    if (n >= 8 * kTableCodes && cpu_level() == CpuLevel::kAvx512) {
+      const Steps<A> steps = to_steps(grids.grid, activation);
+      const TableEnds ends(steps);
+      if (ends.usable) return forward_table(x, y, n, steps, ends);
+    }
+  }
   if constexpr (std::is_same_v<T, BFloat16>)
     if (rounds_exactly(grids.least_scale())) return forward_bfloat16(x, y, n, grids, activation);
   if constexpr (std::is_same_v<A, float>)

@@ -1,5 +1,5 @@
-// The masked forward, written out for AVX-512: a comparison there leaves the sixteen bits of the mask in a register, where
-// compilers make a byte for each element first. Same bits as `masked_quantize`.
+// The masked forward, written out for AVX-512: a comparison there leaves the sixteen bits of the mask in a register,
+// where compilers make a byte for each element first. Same bits as `masked_quantize`.
 #pragma once
 
 #include "fake_quant_avx512.h"

@@ -68,8 +68,7 @@ void extend_rows(const T* x, int64_t n, int64_t rows, int64_t stride, const Acti
   if constexpr (std::is_same_v<A, float>)
     if (cpu_level() == CpuLevel::kAvx512) return range_rows_lanes(x, n, rows, stride, activation, low, high);
 #endif
-  for (int64_t at = 0; at < rows * stride; at += stride)
-    at_level<range_row<T, A>>(x + at, n, activation, low, high);
+  for (int64_t at = 0; at < rows * stride; at += stride) at_level<range_row<T, A>>(x + at, n, activation, low, high);
 }
 
 template <typename T, typename A>
