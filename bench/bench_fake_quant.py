@@ -269,9 +269,7 @@ def gradients(quick: bool, learned: bool) -> Iterator[Case]:
         yield gradient_case(
             x, grid_for(x, None, centred=learned), f"forward+backward per tensor, {kind}", bar, **options
         )
-        yield gradient_case(
-            x, grid_for(x, 1, centred=learned), f"forward+backward per channel, {kind}", bar, **options
-        )
+        yield gradient_case(x, grid_for(x, 1, centred=learned), f"forward+backward per channel, {kind}", bar, **options)
     for w in weights(quick):
         grid = grid_for(w, 0, centred=learned)
         yield gradient_case(w, grid, f"forward+backward of weights, {kind}", **options, parameter=True)

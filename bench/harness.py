@@ -252,11 +252,15 @@ class Case:
     def peers(self) -> list[str]:
         return [name for name in self.contestants if name not in self.ours]
 
-    def measure(self, repeats: int, *, quick: bool = False) -> list[Row]:
-        """Rows of one interleaved run. `quick` warms up less and leaves out the bar, promised for the full shapes."""
+    def measure(self, repeats: int, *, quick: bool = False, **timer: Any) -> list[Row]:
+        """Rows of one interleaved run. `quick` warms up less and leaves out the bar, promised for the full shapes.
+
+        `timer`: `min_time` and `synchronize` of `clusterq.testing.interleave` where they are not the CPU's.
+        """
         from clusterq.testing import interleave
 
-        timings = interleave(dict(self.contestants), rounds=repeats, warmup=1 if quick else 3, min_time=SHORTEST)
+        timer = {"min_time": SHORTEST, **timer}
+        timings = interleave(dict(self.contestants), rounds=repeats, warmup=1 if quick else 3, **timer)
         faults = {name: minor_faults(call) for name, call in self.contestants.items()}
         return [self._row(name, timings, faults, None if quick else self.bars.get(name)) for name in self.ours]
 

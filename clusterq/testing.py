@@ -80,20 +80,28 @@ class Timing:
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], *, rounds: int = 21, warmup: int = 3, min_time: float = 0.002
+    functions: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 21,
+    warmup: int = 3,
+    min_time: float = 0.002,
+    synchronize: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time each function, taking turns in one process, so that slow drifts of the machine fall on all alike.
 
-    A turn begins with a call that is not timed, so that no function finds the caches as another one left them. Where the
-    shortest call takes less than `min_time` seconds, all are called equally often in a turn, those ten times as long as
-    `min_time` once. Ratios come from `Timing.ratio_to`.
+    A turn begins with a call that is not timed, so that no function finds the caches as another one left them. Where
+    the shortest call takes less than `min_time` seconds, all are called equally often in a turn, those ten times as
+    long as `min_time` once. `synchronize` waits for a device, before and after the timed calls of a turn. Ratios come
+    from `Timing.ratio_to`.
     """
     once = {}
     for name, function in functions.items():
         for _ in range(warmup):
             function()
+        synchronize()
         start = time.perf_counter()
         function()
+        synchronize()
         once[name] = max(time.perf_counter() - start, 1e-9)
     most = max(1, int(min_time / min(once.values())))
     repeats = {name: most if seconds < 10 * min_time else 1 for name, seconds in once.items()}
@@ -101,9 +109,11 @@ def interleave(
     for _ in range(rounds):
         for name, function in functions.items():
             function()
+            synchronize()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 function()
+            synchronize()
             samples[name].append((time.perf_counter() - start) / repeats[name])
     result = {}
     for name, values in samples.items():
