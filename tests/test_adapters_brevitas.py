@@ -126,3 +126,21 @@ def test_a_model_that_cannot_be_replaced_is_left_alone() -> None:
     with pytest.raises(NotImplementedError, match=r"^1\.weight_quant.*FloorSte"):
         ours.replace_int_quant(model)
     assert dict(model.named_modules()) == before
+
+
+def test_a_bias_of_32_bits_stays_brevitas_own() -> None:
+    from brevitas.quant import Int8ActPerTensorFloat, Int32Bias
+
+    torch.manual_seed(0)
+    layer = qnn.QuantConv2d(
+        3,
+        8,
+        3,
+        weight_quant=scaled_int.Int8WeightPerChannelFloat,
+        input_quant=Int8ActPerTensorFloat,
+        bias_quant=Int32Bias,
+    )
+    theirs = nn.Sequential(layer)
+    mine = ours.replace_int_quant(copy.deepcopy(theirs))
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(mine(x), theirs(x), rtol=1e-4, atol=1e-4)

@@ -158,3 +158,34 @@ def test_what_cannot_be_combined_is_named(arguments: dict[str, str], name: str) 
 def test_mask_of_the_wrong_length_is_refused() -> None:
     with pytest.raises((RuntimeError, ValueError), match="mask"):
         OP.fake_quantize_masked_backward(torch.ones(17), torch.zeros(2, dtype=torch.uint8), [1])
+
+
+class _Swallow(torch.autograd.Function):
+    """Hands no gradient back: not zeros, none."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        lambda x: ops.fake_quantize(x, 0.1, 0, -8, 7),
+        lambda x: ops.fake_quantize(x, 0.1, 0, -8, 7, save="input"),
+        lambda x: ops.fake_quantize(x, torch.tensor([0.1], requires_grad=True), 0, -8, 7, gradient="learned"),
+        lambda x: ops.observe_fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4)[0],
+        lambda x: ops.observe_fake_quantize(x, torch.tensor([-1.0]), torch.tensor([1.0]), 4, delayed=True)[0],
+        lambda x: ops.fake_quantize_weight(x, 4, gradient="clipped"),
+        lambda x: ops.fake_quantize_weights([x], 4, gradient="clipped")[0][0],
+    ],
+)
+def test_a_gradient_that_is_not_there(quantize) -> None:
+    leaf = torch.randn(3, 5, requires_grad=True)
+    x = leaf * 1
+    (_Swallow.apply(quantize(x)).sum() + x.sum()).backward()
+    assert torch.equal(leaf.grad, torch.ones(3, 5))

@@ -257,3 +257,97 @@ def test_values_that_are_not_finite_do_not_spoil_the_range(fused: bool) -> None:
     for name, value in before.items():
         assert torch.equal(module.state_dict()[name], value), name
     assert y[0].isnan() and y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_disabled_observer_sees_nothing(fused: bool) -> None:
+    """Not even to size the buffers of its channels."""
+    ours, theirs = pair("channels", fused)
+    for module in (ours, theirs):
+        module.disable_observer()
+        module.disable_fake_quant()
+        module(torch.full((4, 5), 100.0))
+        module.enable_observer()
+        module.enable_fake_quant()
+    x = torch.ones(4, 5)
+    assert torch.equal(ours(x), theirs(x))
+    same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_calibration_in_inference_mode(fused: bool) -> None:
+    ours, theirs = pair("channels", fused)
+    buffers = {name: id(buffer) for name, buffer in ours.named_buffers()}
+    for module in (ours, theirs):
+        with torch.inference_mode():
+            module(torch.linspace(-1, 3, 20).reshape(4, 5))
+    x, slope = torch.randn(4, 5), torch.randn(4, 5)
+    for mine, other in zip(step(ours, x, slope), step(theirs, x, slope), strict=True):
+        assert torch.equal(mine, other)
+    assert {name: id(buffer) for name, buffer in ours.named_buffers()} == buffers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_built_on_the_meta_device(kind: str) -> None:
+    """As large networks are: without memory, then given some and a checkpoint."""
+    ours = FakeQuantize(**copy.deepcopy(KINDS[kind]))
+    ours(torch.linspace(-1, 3, 20).reshape(4, 5))
+    with torch.device("meta"):
+        later = FakeQuantize(**copy.deepcopy(KINDS[kind]))
+    assert all(buffer.is_meta for buffer in later.buffers())
+    later = later.to_empty(device="cpu")
+    later.load_state_dict(ours.state_dict())
+    ours.disable_observer()
+    later.disable_observer()
+    x = torch.randn(4, 5)
+    assert torch.equal(later(x), ours(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_traced(fused: bool) -> None:
+    ours, _ = pair("moving", fused)
+    x = torch.randn(4, 5)
+    ours(x)
+    ours.disable_observer()
+    traced = torch.jit.trace(ours.eval(), x)
+    y = torch.randn(7, 3)
+    assert torch.equal(traced(y), ours(y))
+
+
+@pytest.mark.parametrize("kind", ["moving symmetric", "channels"])
+def test_symmetric_ranges_are_made_where_the_data_is(kind: str) -> None:
+    """No tensor of numbers: on a GPU each is a copy that waits."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Made(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    ours, _ = pair(kind, fused=True)
+    ours(torch.randn(4, 5))
+    with Made() as seen:
+        ours(torch.randn(4, 5))
+    assert "clusterq::fake_quantize" in seen.names
+    copies = ("aten::lift_fresh", "aten::_local_scalar_dense")
+    assert not [name for name in seen.names if name.startswith(copies)]
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_one_graph_for_every_batch_size(learnable: bool) -> None:
+    """Learnable and plain, whole, with ranges that go on."""
+    settings: dict[str, Any] = {"observer": MOVING, **UNSIGNED}
+    module = LearnableFakeQuantize(**settings) if learnable else FakeQuantize(**settings)
+    module(torch.randn(4, 5))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, backend=counter, fullgraph=True, dynamic=True)
+    for rows in range(3, 16, 3):
+        before = module.activation_post_process.max_val.clone()
+        compiled(torch.full((rows, 5), 10.0 + rows))
+        assert module.activation_post_process.max_val > before
+        first = counter.frame_count if rows == 3 else first
+    assert counter.frame_count == first

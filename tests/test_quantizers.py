@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +291,89 @@ def test_arguments_are_checked() -> None:
         WeightQuantizer(4, 3, method="kl")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at most one"):
         ActivationQuantizer(4, activation="relu", function=nn.SiLU())
+
+
+def test_a_compiled_moving_range_compiles_once_and_counts() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    quantizer = ActivationQuantizer(4, mode="ema", range_steps=6).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(quantizer, backend=counter, fullgraph=True, dynamic=True)
+    for rows in (4, 6, 9, 12, 17, 23):
+        compiled(torch.randn(rows, 5))
+        first = counter.frame_count if rows == 4 else first
+    assert counter.frame_count == first and quantizer.observations.item() == 6
+    # What counts the steps on the device is read here.
+    quantizer.train()
+    before = quantizer.running_max.clone()
+    compiled(torch.full((4, 5), 100.0))
+    assert torch.equal(quantizer.running_max, before) and quantizer.observations.item() == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("convert", [False, True])
+def test_moving_range_of_every_dtype(dtype: torch.dtype, convert: bool) -> None:
+    quantizer = ActivationQuantizer(8, mode="ema").train()
+    if convert:
+        quantizer = quantizer.to(dtype)
+    x = torch.tensor([0.0, 1.0, 255.0], dtype=dtype)
+    assert quantizer(x).dtype == dtype
+    quantizer(2 * x)
+    # In 16 bits the average of 255 and 510 would not be 280.5.
+    assert quantizer.running_max.item() == pytest.approx(0.9 * 255 + 0.1 * 510, abs=1e-4)
+
+
+def test_averaged_copies_take_over_what_was_learned() -> None:
+    """`AveragedModel` copies parameters and buffers one by one, past `load_state_dict`."""
+    from torch.optim.swa_utils import AveragedModel
+
+    x, w = torch.randn(8, 5), torch.randn(4, 3)
+    for quantizer, value in ((ActivationQuantizer(4), x), (WeightQuantizer(4, 4), w)):
+        averaged = AveragedModel(quantizer, use_buffers=True)
+        quantizer.train()(value)
+        quantizer.scale.data.mul_(3)
+        averaged.update_parameters(quantizer)
+        y = averaged.eval()(value)
+        assert torch.equal(averaged.module.scale, quantizer.scale)
+        assert torch.equal(y, quantizer.eval()(value))
+
+
+def test_settings_and_values_that_cannot_be_used_are_named() -> None:
+    for text, settings in {
+        "gradient": {"gradient": "foo"},
+        "activation": {"activation": "gelu"},
+        "method": {"method": "foo"},
+        "momentum": {"momentum": 2.0},
+        "mode": {"mode": "frozen"},
+    }.items():
+        with pytest.raises(ValueError, match=f"^{text} is"):
+            ActivationQuantizer(4, **settings)
+    with pytest.raises(ValueError, match=r"^gradient is"):
+        WeightQuantizer(4, 3, gradient="foo")
+    with pytest.raises(ValueError, match=r"^weight has shape \(5, 2\); wanted \[3, ...\]"):
+        WeightQuantizer(4, 3)(torch.ones(5, 2))
+    with pytest.raises(ValueError, match="are none"):
+        ActivationQuantizer(4).train()(torch.ones(0, 3))
+
+
+PROCESS = """
+import sys, torch
+import torch.distributed as dist
+from clusterq.nn.quantizers import ActivationQuantizer
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+try:
+    ActivationQuantizer(4).train()(torch.randn(4, 5))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_several_processes_do_not_start_from_their_own_batches(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROCESS]
+    children = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for child in children:
+        output, _ = child.communicate(timeout=120)
+        assert child.returncode == 0 and "calibrate the network" in output

@@ -37,6 +37,7 @@ except ImportError as error:
 
 from clusterq import ops
 from clusterq.ops._autograd import apply, wants_gradient
+from clusterq.ops._fake_quant_checks import LARGEST_CODE
 
 __all__ = ["IntQuant", "replace_int_quant"]
 
@@ -48,7 +49,8 @@ class IntQuant(_IntQuant):  # type: ignore[misc]
 
     Takes scale, zero_point, bit_width and x. The scale is one number, one per channel of any axis, or one per group of
     a groupwise view; the zero point has the scale's shape or one element, and whole numbers within the codes. A bit
-    width on the GPU is read once, and again when it has been written to.
+    width on the GPU is read once, and again when it has been written to. Codes beyond +-2^23, such as those of a 32-bit
+    bias, are left to Brevitas's own forward.
 
     Raises:
         NotImplementedError: another rounding than to nearest even, another clamp than Brevitas's two, a delay, a bit
@@ -77,9 +79,12 @@ class IntQuant(_IntQuant):  # type: ignore[misc]
 
     def forward(self, scale: Tensor, zero_point: Tensor, bit_width: Tensor, x: Tensor) -> Tensor:
         """x, seen through the input view, on its grid."""
+        limits = self._limits(bit_width)
+        if not -LARGEST_CODE <= limits[0] < limits[1] <= LARGEST_CODE:
+            y: Tensor = super().forward(scale, zero_point, bit_width, x)
+            return y
         x = self.input_view_impl(x)
         scale, zero_point, rows, axis = _laid_out(scale, zero_point, x)
-        limits = self._limits(bit_width)
         if not self._passes:
             y = ops.fake_quantize(rows, scale, zero_point, *limits, axis=axis, gradient="learned")
         elif wants_gradient(scale):

@@ -11,10 +11,9 @@ are not torch.ao's), for a `QuantizationSpec`:
     replace_fake_quantizers(model)
 
 Outputs and ranges are torchao's bit for bit on finite float32 inputs; `clusterq.nn.fake_quantize` lists what differs on
-purpose in the PT2E classes. Of `quantize_` gradients differ in two ways. torchao multiplies them by 1/scale and by
-scale, which rounds; here they are passed on. And live ranges put the ends of a row next to a tie between an outermost
-code and the first one outside, which torchao's division and the product here resolve differently: the gradient of a
-value there may be 0 in the one and not in the other.
+purpose in the PT2E classes. So are gradients in `quantize_`, but for rounding: torchao multiplies them by 1/scale and
+by scale, here they are passed on. Its clamp is torch's, whose gradient at the bounds themselves depends on the version
+of torch; where it is 0, values on the outermost codes get none, and none here.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 try:
     from torchao.quantization.granularity import PerAxis, PerGroup, PerToken
@@ -36,8 +36,10 @@ except ImportError as error:
         "clusterq.deploy.torchao needs torchao (pip install 'clusterq[peers]'); tested with torchao 0.18"
     ) from error
 
-from clusterq import ops
 from clusterq.nn._observed import FusedObserved, Observed, checked_export
+from clusterq.ops._autograd import apply, wants_gradient
+from clusterq.ops._fake_quant_checks import as_parameter, as_scale
+from clusterq.ops._fake_quant_ops import backward_op, fake_quantize_op
 
 __all__ = [
     "FakeQuantize",
@@ -72,8 +74,8 @@ class IntxFakeQuantizer(_IntxFakeQuantizer):  # type: ignore[misc]
     or float16. After a forward `scale` and `zero_point` hold what torchao's module would.
 
     Args:
-        config: of torchao. NotImplementedError for range learning, another axis or granularity, and zero points that
-            are not integers.
+        config: of torchao. NotImplementedError for range learning, another axis or granularity, zero points that are
+            not integers, and scales in less than float32.
     """
 
     def __init__(self, config: IntxFakeQuantizeConfig) -> None:
@@ -84,7 +86,7 @@ class IntxFakeQuantizer(_IntxFakeQuantizer):  # type: ignore[misc]
         self._limits = _code_range(config.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on its grid, same shape and dtype; the gradient is clipped to the range."""
+        """x on its grid, same shape and dtype; the gradient is that of torchao's clamp."""
         if not self.enabled:
             return x
         granularity = self.config.granularity
@@ -98,8 +100,13 @@ class IntxFakeQuantizer(_IntxFakeQuantizer):  # type: ignore[misc]
         rows = x.reshape(-1, width)
         if self.scale is None or self.config.is_dynamic:
             self._choose(rows.detach(), x)
-        scale, zero_point = self.scale.reshape(-1), self.zero_point.reshape(-1)
-        return ops.fake_quantize(rows, scale, zero_point, *self._limits, axis=0).reshape(x.shape)
+        scale = as_scale(self.scale.reshape(-1), rows, 0, torch.float32)
+        zero_point = as_parameter(self.zero_point.reshape(-1), rows, 0, torch.float32, "zero_point")
+        if wants_gradient(rows):
+            y: Tensor = apply(_Clamped, rows, scale, zero_point, *self._limits)
+        else:
+            y = fake_quantize_op(rows, scale, zero_point, *self._limits, 0, "none")
+        return y.reshape(x.shape)
 
     @torch.no_grad()
     def _choose(self, rows: Tensor, x: Tensor) -> None:
@@ -114,6 +121,36 @@ class IntxFakeQuantizer(_IntxFakeQuantizer):  # type: ignore[misc]
         rule = _IntxFakeQuantizer(config)
         rule(ends)
         self.scale, self.zero_point = rule.scale, rule.zero_point
+
+
+def _passes_at_bounds() -> bool:
+    """Whether torch.clamp has a gradient at its own bounds."""
+    with torch.enable_grad(), torch.device("cpu"):
+        x = torch.ones(1, requires_grad=True)
+        return bool(torch.autograd.grad(torch.clamp(x, 0, 1), x)[0] == 1)
+
+
+# How many codes at each end of the range have no gradient.
+_MARGIN = 0 if _passes_at_bounds() else 1
+
+
+class _Clamped(Function):
+    """Fake-quantization of rows, one scale each, with the gradient of `torch.clamp` on rounded codes."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        y: Tensor = fake_quantize_op(x, scale, zero_point, quant_min, quant_max, 0, "none")
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *saved, quant_min, quant_max = inputs
+        ctx.inner = (quant_min + _MARGIN, quant_max - _MARGIN)
+        ctx.save_for_backward(*saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return (backward_op(grad, *ctx.saved_tensors, *ctx.inner, 0, "none"), *[None] * 4)
 
 
 def replace_fake_quantizers(model: nn.Module) -> nn.Module:
@@ -157,6 +194,9 @@ def _unsupported(config: IntxFakeQuantizeConfig) -> str | None:
         return "range_learning"
     if config.zero_point_domain != ZeroPointDomain.INT:
         return f"zero_point_domain {config.zero_point_domain}"
+    if config.scale_precision != torch.float32:
+        # torchao divides by a rounded reciprocal then.
+        return f"scale_precision {config.scale_precision}"
     granularity = config.granularity
     if isinstance(granularity, PerAxis) and granularity.axis != 0:
         return f"granularity {granularity}"

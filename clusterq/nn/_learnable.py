@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from clusterq.nn._observed import Observed
 class LearnableObserved(Observed):
     """Mixin: host flags and forward of `_LearnableFakeQuantize`; see `Observed`."""
 
-    eps: Tensor
-    use_grad_scaling: bool
+    if TYPE_CHECKING:
+        eps: Tensor
+        use_grad_scaling: bool
     _OBSERVER_FLAG = "static_enabled"
 
     def toggle_observer_update(self, enabled: bool = True) -> Any:

@@ -20,8 +20,7 @@ its range, where torch's range is lost for good.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -89,7 +88,8 @@ def kernel_qparams(ends: Tensor, quant_min: int, quant_max: int, symmetric: bool
     ends = ends.reshape(2, -1)
     around_zero = (ends[0] < 0) & (ends[1] > 0)
     if symmetric:
-        codes = ends.new_tensor([[-(steps // 2 + 1)], [steps // 2]])
+        # Made on the device: a tensor of numbers would be copied there.
+        codes = torch.stack((ends.new_full((1,), -(steps // 2 + 1)), ends.new_full((1,), steps // 2)))
         widened = (ends / codes).amax(0, keepdim=True).double() * codes
         ends = torch.where(around_zero, widened.float(), ends)
     low, high = ends[0].clamp(max=0), ends[1].clamp(min=0)
@@ -116,18 +116,22 @@ class Observed:
     buffers by other means call `read_flags`.
     """
 
-    _observing: bool
-    _quantizing: bool
-    _known: bool
-    _symmetric_zero_point: int | None
-    # What forward reads of the wrapped class.
-    activation_post_process: Any
-    scale: Tensor
-    zero_point: Tensor
-    qscheme: torch.qscheme
-    ch_axis: int
-    quant_min: int
-    quant_max: int
+    # torch.jit, which traces modules that hold these, reads annotations of classes.
+    if TYPE_CHECKING:
+        _observing: bool
+        _quantizing: bool
+        _known: bool
+        _symmetric_zero_point: int | None
+        # What is used of the wrapped class.
+        activation_post_process: Any
+        observer_enabled: Tensor
+        fake_quant_enabled: Tensor
+        scale: Tensor
+        zero_point: Tensor
+        qscheme: torch.qscheme
+        ch_axis: int
+        quant_min: int
+        quant_max: int
     _OBSERVER_FLAG = "observer_enabled"
 
     def _watch(self) -> None:
@@ -135,19 +139,21 @@ class Observed:
         observer = self.activation_post_process
         self._known = is_known(observer)
         self._symmetric_zero_point = _symmetric_zero_point(observer) if self._known else None
-        self.read_flags()
+        # As every constructor leaves them; buffers on the meta device cannot be read.
+        self._observing = self._quantizing = True
 
     def read_flags(self) -> None:
         """Read the flag buffers; waits for the device."""
         self._observing = bool(getattr(self, self._OBSERVER_FLAG)[0] == 1)
-        self._quantizing = bool(self.fake_quant_enabled[0] == 1)  # type: ignore[attr-defined]
+        self._quantizing = bool(self.fake_quant_enabled[0] == 1)
 
+    # As in torch.ao, and in words that torch.jit knows: tracing a module compiles these.
     def enable_observer(self, enabled: bool = True) -> None:
-        super().enable_observer(enabled)  # type: ignore[misc]
+        self.observer_enabled[0] = 1 if enabled else 0
         self._observing = bool(enabled)
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
-        super().enable_fake_quant(enabled)  # type: ignore[misc]
+        self.fake_quant_enabled[0] = 1 if enabled else 0
         self._quantizing = bool(enabled)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -159,16 +165,20 @@ class Observed:
         per_tensor = self.qscheme in (torch.per_tensor_affine, torch.per_tensor_symmetric)
         return None if per_tensor else self.ch_axis
 
-    def _move_range(self, x: Tensor) -> Tensor:
-        """Update the observer's buffers by x and return them, [2] or [2, C]."""
+    def _range(self, x: Tensor) -> Tensor:
+        """The observer's range as it is, [2] or [2, C], for as many channels as x has."""
         observer = self.activation_post_process
         axis = self._axis
         if axis is not None and observer.min_val.numel() == 0:
-            # Per-channel buffers are born empty.
+            # Per-channel buffers are born empty; resized they stay the buffers they are.
             channels = x.size(axis)
-            observer.min_val = observer.min_val.new_full((channels,), float("inf"))
-            observer.max_val = observer.max_val.new_full((channels,), -float("inf"))
-        running = torch.stack((observer.min_val, observer.max_val))
+            observer.min_val.resize_(channels).fill_(float("inf"))
+            observer.max_val.resize_(channels).fill_(-float("inf"))
+        return torch.stack((observer.min_val, observer.max_val))
+
+    def _move_range(self, x: Tensor) -> Tensor:
+        """Update the observer's buffers by x and return them, [2] or [2, C]."""
+        observer, axis, running = self.activation_post_process, self._axis, self._range(x)
         if x.numel() == 0:
             return running
         ends = moved_range(running, range_of(x.detach(), axis), getattr(observer, "averaging_constant", None))
@@ -179,8 +189,8 @@ class Observed:
     def _keep(self, scale: Tensor, zero_point: Tensor) -> QParams:
         """Copy scale and zero point into the buffers and return what backward may keep."""
         if self.scale.shape != scale.shape:
-            self.scale = self.scale.new_ones(scale.shape)
-            self.zero_point = self.zero_point.new_zeros(zero_point.shape)
+            self.scale.resize_(scale.shape)
+            self.zero_point.resize_(zero_point.shape)
         self.scale.copy_(scale)
         self.zero_point.copy_(zero_point)
         return scale, zero_point
@@ -222,8 +232,9 @@ class Observed:
 class FusedObserved(Observed):
     """Mixin: the forward and the exported parameters of `FusedMovingAvgObsFakeQuantize`."""
 
-    is_symmetric_quant: bool
-    export: str = "trained"
+    if TYPE_CHECKING:
+        is_symmetric_quant: bool
+    export = "trained"
 
     def forward(self, x: Tensor) -> Tensor:
         """As `Observed.forward`, with the fused kernel's rule; the scale follows the range also with observer off."""
@@ -233,10 +244,7 @@ class FusedObserved(Observed):
             return x
         with torch.no_grad():
             observer = self.activation_post_process
-            unset = observer.min_val.numel() == 0
-            ends = (
-                self._move_range(x) if self._observing or unset else torch.stack((observer.min_val, observer.max_val))
-            )
+            ends = self._move_range(x) if self._observing else self._range(x)
             if not self._quantizing:
                 return x
             limits = (observer.quant_min, observer.quant_max)
@@ -270,7 +278,7 @@ def _symmetric_zero_point(observer: Any) -> int | None:
     if observer.qscheme not in (torch.per_tensor_symmetric, torch.per_channel_symmetric):
         return None
     probe = copy.deepcopy(observer)
-    probe.min_val, probe.max_val = torch.tensor([-1.0]), torch.tensor([1.0])
-    probe.eps = probe.eps.cpu()
-    calculate: Callable[[], QParams] = probe.calculate_qparams
-    return int(calculate()[1])
+    # On the CPU whatever the default device; eps, which may have no value yet, has no part in the zero point.
+    with torch.device("cpu"):
+        probe.min_val, probe.max_val, probe.eps = torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1e-7])
+        return int(probe.calculate_qparams()[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from clusterq import ops
 from clusterq.config import ActivationRange, Gradient, WeightRange
-from clusterq.ops._checks import check_integer
-from clusterq.ops._fake_quant_checks import code_range
+from clusterq.ops._checks import check_integer, check_number, compute_dtype
+from clusterq.ops._fake_quant_checks import check_choice, code_range
 from clusterq.ops.fake_quant import fake_quantize_by_magnitude, magnitude
 
 ActivationMode = Literal["learned", "fixed", "ema"]
@@ -81,8 +81,12 @@ class ActivationQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         check_integer("bits", bits, 2, 8)
-        if mode not in ("learned", "fixed", "ema"):
-            raise ValueError(f"mode is {mode!r}; wanted learned, fixed or ema")
+        check_choice(mode, get_args(ActivationMode), "mode")
+        check_choice(gradient, get_args(Gradient), "gradient")
+        check_choice(activation, get_args(Fused), "activation")
+        check_choice(method, get_args(ActivationRange), "method")
+        check_number("momentum", momentum, 0, below=1)
+        check_integer("range_steps", range_steps, 0)
         if activation != "none" and function is not None:
             raise ValueError("activation and function are both given; wanted at most one of them")
         self.bits = bits
@@ -100,8 +104,10 @@ class ActivationQuantizer(nn.Module):
         self.calibration: ActivationRange | None = None
         # Lower end, upper end and number of forwards of the calibration under way.
         self._spans: tuple[Tensor, Tensor, int] | None = None
-        # Mirrors `observations` on the host, where forward may read it freely.
-        self._observed = 0
+        # `observations` on the host, where it may be read freely, and what it means to forward; `_unread`: the buffer
+        # has gone on alone.
+        self._observed, self._unread = 0, False
+        self._has_range, self._moves = False, range_steps > 0
         self.register_buffer("observations", torch.zeros((), dtype=torch.int64))
         if mode == "ema":
             self.register_buffer("running_min", torch.full((1,), float("inf")))
@@ -118,38 +124,89 @@ class ActivationQuantizer(nn.Module):
         if self.calibration is not None:
             self._calibrate(x, self.calibration)
             return _activate(x, self.activation)
-        if self._observed == 0 and self.mode != "ema" and self.training:
-            self._calibrate(x, "minmax")
         if self.mode == "ema":
-            observe = self.training and self._observed < self.range_steps
-            if observe:
-                self._count()
-            elif self._observed == 0:
-                raise RuntimeError(_NO_RANGE)
-            return ops.observe_fake_quantize(
-                x,
-                self.running_min,
-                self.running_max,
-                self.bits,
-                momentum=self.momentum,
-                observe=observe,
-                symmetric=self.symmetric,
-                signed=self.symmetric,
-                gradient=self.gradient,
-                activation=self.activation,
-            )[0]
-        if self._observed == 0:
-            raise RuntimeError(_NO_RANGE)
+            return self._moving(x)
+        if not self._has_range:
+            self._start(x)
         grid = (self.scale, self.zero_point, self.quant_min, self.quant_max)
         if self.mode == "fixed":
             return ops.fake_quantize(x, *grid, gradient=self.gradient, activation=self.activation)
         factor = _lsq_factor(_sharing(x), self.quant_max)
         return fake_quantize_by_magnitude(x, *grid, activation=self.activation, grad_factor=factor)
 
+    def _moving(self, x: Tensor) -> Tensor:
+        """On the running range, which x moves while it is to be moved."""
+        observe = self.training and self._moves
+        if observe:
+            self._count()
+        else:
+            self._check_range()
+        # Buffers of another dtype than the op's, as after `double()`, are copied forth and back.
+        dtype = compute_dtype(x.dtype)
+        low, high = self.running_min.to(dtype), self.running_max.to(dtype)
+        y, _, _ = ops.observe_fake_quantize(
+            x,
+            low,
+            high,
+            self.bits,
+            momentum=self.momentum,
+            observe=observe,
+            symmetric=self.symmetric,
+            signed=self.symmetric,
+            gradient=self.gradient,
+            activation=self.activation,
+        )
+        if self.running_min.dtype != dtype:
+            self.running_min.copy_(low)
+            self.running_max.copy_(high)
+        return y
+
+    def _start(self, x: Tensor) -> None:
+        """The range of the first training batch; raises where there is no range and none is to be had."""
+        self._read()
+        if self._has_range:
+            return
+        if not self.training:
+            raise RuntimeError(_NO_RANGE)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1:
+            # Each process would start from its own batch, and nothing would bring their ranges together again.
+            raise RuntimeError(_NOT_CALIBRATED)
+        self._calibrate(x, "minmax")
+
+    def _check_range(self) -> None:
+        if not self._has_range:
+            self._read()
+        if not self._has_range:
+            raise RuntimeError(_NO_RANGE)
+
+    def _read(self) -> None:
+        """Take over what `observations` says; waits for the device."""
+        self._note(int(self.observations))
+
+    def _note(self, observations: int) -> None:
+        self._observed, self._unread = observations, False
+        self._has_range, self._moves = observations > 0, observations < self.range_steps
+
+    def train(self, mode: bool = True) -> ActivationQuantizer:
+        if self._unread:
+            self._read()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ActivationQuantizer:
+        ends = {name: getattr(self, name) for name in ("running_min", "running_max") if hasattr(self, name)}
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        for name, end in ends.items():
+            moved = getattr(self, name)
+            if moved.dtype not in (torch.float32, torch.float64):
+                # A moving average in 16 bits would stand still.
+                setattr(self, name, end.to(moved.device))
+        return self
+
     def qparams(self) -> QuantizationParameters:
         """Scale [1], zero point [1] (whole numbers), quant_min, quant_max in use; RuntimeError if it has no range."""
-        if self._observed == 0:
-            raise RuntimeError(_NO_RANGE)
+        self._check_range()
         if self.mode == "ema":
             scale, zero_point = ops.range_to_qparams(
                 self.running_min, self.running_max, self.quant_min, self.quant_max, symmetric=self.symmetric
@@ -195,12 +252,14 @@ class ActivationQuantizer(nn.Module):
             )
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
-        self._observed = 1
+        self._note(1)
         self.observations.fill_(1)
 
     def _span(self, x: Tensor, method: ActivationRange) -> tuple[Tensor, Tensor]:
         """Lower and upper end, [1] each, from which `range_to_qparams` makes the step that fits x."""
         x = x if x.dtype == torch.float64 else x.float()
+        if x.numel() == 0:
+            raise ValueError("the values to calibrate an activation quantizer on are none")
         low, high = (v.reshape(1) for v in x.aminmax())
         if self.non_negative:
             low = torch.zeros_like(low)
@@ -214,12 +273,16 @@ class ActivationQuantizer(nn.Module):
         return (self.quant_min - zero_point) * scale, (self.quant_max - zero_point) * scale
 
     def _count(self) -> None:
-        self._observed += 1
         self.observations.add_(1)
+        if torch.compiler.is_compiling():
+            # A number that compiled code reads compiles it anew whenever it changes; `train` and `eval` read it.
+            self._has_range = self._unread = True
+        else:
+            self._note(self._observed + 1)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._observed = int(self.observations)
+        self._read()
 
     def extra_repr(self) -> str:
         name = f", activation={self.activation}" if self.activation != "none" else ""
@@ -259,7 +322,9 @@ class WeightQuantizer(nn.Module):
             raise ValueError(f"mode is {mode!r}; wanted learned or live")
         if method not in ("mse", "minmax"):
             raise ValueError(f"method is {method!r}; wanted mse or minmax")
+        check_choice(gradient, get_args(Gradient), "gradient")
         self.bits = bits
+        self.channels = channels
         self.mode = mode
         self.method = method
         self.symmetric = symmetric
@@ -284,7 +349,7 @@ class WeightQuantizer(nn.Module):
                 weight, scale, zero_point, self.quant_min, self.quant_max, axis=0, gradient=self.gradient
             )
         if not self._initialised:
-            self.initialise(weight)
+            self._start(weight)
         return fake_quantize_by_magnitude(
             weight,
             self.scale,
@@ -295,10 +360,18 @@ class WeightQuantizer(nn.Module):
             grad_factor=_lsq_factor(_sharing(weight), self.quant_max),
         )
 
+    def _start(self, weight: Tensor) -> None:
+        # Steps may have come by other ways than `initialise`, such as a copy into the parameter.
+        self._initialised = bool((self.scale != 0).any())
+        if not self._initialised:
+            self.initialise(weight)
+
     @torch.no_grad()
     def initialise(self, weight: Tensor) -> None:
         """Sets learned steps and zero points from a weight [channels, ...]; nothing to do in mode live."""
         if self.mode == "learned":
+            if weight.dim() == 0 or weight.size(0) != self.channels:
+                raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted [{self.channels}, ...]")
             scale, zero_point = self._range(weight)
             self.scale.copy_(scale)
             self.zero_point.copy_(zero_point)
@@ -309,7 +382,7 @@ class WeightQuantizer(nn.Module):
         """Scale [channels], zero point [channels] (whole numbers), quant_min and quant_max in use for this weight."""
         if self.mode == "learned":
             if not self._initialised:
-                self.initialise(weight)
+                self._start(weight)
             scale, zero_point = magnitude(self.scale), self.zero_point
         else:
             scale, zero_point = self._range(weight)
@@ -339,6 +412,10 @@ def set_quantization(model: nn.Module, *, weights: bool = True, activations: boo
 
 
 _NO_RANGE = "an activation quantizer has no range yet: calibrate the network (clusterq.qat.calibrate) or train it first"
+_NOT_CALIBRATED = (
+    "an activation quantizer has no range yet, and the first batches of several processes differ: calibrate the network"
+    " (clusterq.qat.calibrate) before it is distributed"
+)
 
 
 def _activate(x: Tensor, activation: Fused) -> Tensor:

@@ -105,7 +105,7 @@ def _learned_gradient(*args: Any) -> Any:
 
 
 def _without_zeros(ctx: Any) -> None:
-    """No tensors of zeros in place of the gradients of outputs that have none."""
+    """None instead of a tensor of zeros as the gradient of an output that has none: those of masks and scales."""
     ctx.set_materialize_grads(False)
 
 
@@ -232,8 +232,10 @@ class FakeQuantizeMasked(Function):
         ctx.save_for_backward(mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, unused: None) -> tuple[Any, ...]:
-        return (_masked_gradient(grad, ctx.saved_tensors[0], ctx.stride), *[None] * 7)
+    def backward(ctx: Any, grad: Tensor | None, unused: None) -> tuple[Any, ...]:
+        if grad is not None:
+            grad = _masked_gradient(grad, ctx.saved_tensors[0], ctx.stride)
+        return (grad, *[None] * 7)
 
 
 class FakeQuantizeWeights(Function):
@@ -287,8 +289,8 @@ class FakeQuantizeWeight(Function):
             ctx.save_for_backward(w, output[1], output[2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-        if ctx.gradient == "clipped":
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if grad is not None and ctx.gradient == "clipped":
             grad = _clipped_gradient(grad, *ctx.saved_tensors, *ctx.settings)
         return (grad, *[None] * 5)
 
@@ -337,7 +339,9 @@ class ObserveFakeQuantize(Function):
             ctx.save_for_backward(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 12
         if ctx.stride is not None:
             grad = _masked_gradient(grad, ctx.saved_tensors[0], ctx.stride)
         elif ctx.gradient == "clipped":
@@ -379,7 +383,7 @@ class DelayedFakeQuantize(Function):
             ctx.save_for_backward(mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Any, ...]:
-        if not ctx.passes:
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if grad is not None and not ctx.passes:
             grad = _masked_gradient(grad, ctx.saved_tensors[0], ctx.stride)
         return (grad, *[None] * 9)
