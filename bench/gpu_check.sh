@@ -118,7 +118,9 @@ PY
   for backend in auto triton; do
     for check in memcheck racecheck; do
       CLUSTERQ_BACKEND=$backend "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
-        --import-mode=importlib tests/kernel_cases.py -k "values_and_gradients and (dtype0 or dtype1) or many_programs"
+        --import-mode=importlib tests/kernel_cases.py tests/kernel_mask_cases.py \
+        -k "(values_and_gradients or mask_and_its_backward or finite_range or weights_together or errors_of_candidates \
+            or codes_and_back) and (dtype0 or dtype1) or many_programs or several_tiles or packing"
     done
   done
 }

@@ -86,7 +86,7 @@ def _launch_table(table, width, scale, zero_point, quant_min, quant_max, symmetr
         rows.append((programs, start, cols, w.data_ptr(), y.data_ptr()))
         programs += channels
     # From pinned memory nothing waits for the copy; torch keeps that memory until it is done.
-    fields = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, pin_memory=scale.is_cuda)
+    fields = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, device="cpu", pin_memory=scale.is_cuda)
     fields = fields.to(scale.device, non_blocking=True)
     with torch.cuda.device_of(scale):
         jit.weights_kernel[(programs,)](

@@ -19,7 +19,8 @@ DEVICE = os.environ.get("CLUSTERQ_TEST_DEVICE", "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INF = float("inf")
 NAN = float("nan")
-# shape, channel axis, memory layout: flat with and without a tail, rows of a channel, channels fastest, gaps, nothing.
+# shape, channel axis, memory layout: flat with and without a tail, rows of a channel, channels fastest, gaps, memory
+# that does not begin at 16 bytes, nothing.
 LAYOUTS = [
     ((1,), None, "contiguous"),
     ((4099,), None, "contiguous"),
@@ -33,6 +34,9 @@ LAYOUTS = [
     ((3, 1, 4), 1, "contiguous"),
     ((4, 3, 20), 1, "sliced"),
     ((2, 1500), 0, "contiguous"),
+    ((4099,), None, "offset"),
+    ((2, 3, 4, 8), 1, "offset"),
+    ((37, 16), 1, "offset"),
     ((0, 4), None, "contiguous"),
     ((0, 4), 1, "contiguous"),
     ((4, 0), 0, "contiguous"),
@@ -40,7 +44,7 @@ LAYOUTS = [
 
 
 class OnDevice:
-    """`torch.ops.clusterq` for CPU tensors: strides and gaps are carried to the device, written inputs back."""
+    """`torch.ops.clusterq` for CPU tensors: strides, gaps and offsets go to the device, what is written back."""
 
     def __getattr__(self, name):
         op = getattr(torch.ops.clusterq, name)
@@ -49,7 +53,10 @@ class OnDevice:
     @staticmethod
     def call(op, arguments):
         def carry(t):
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=DEVICE).copy_(t)
+            # With all of its memory: repeated elements stay one, and none changes its place within 16 bytes.
+            reach = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            memory = t.as_strided((max(reach, 0) if t.numel() else 0,), (1,), 0).to(DEVICE)
+            return memory.as_strided(t.shape, t.stride(), t.storage_offset() if t.numel() else 0)
 
         def tensors(a):
             return isinstance(a, list) and isinstance(a[0], torch.Tensor)
@@ -57,8 +64,8 @@ class OnDevice:
         moved = [[carry(t) for t in a] if tensors(a) else a for a in arguments]
         moved = [carry(a) if isinstance(a, torch.Tensor) else a for a in moved]
         results = op(*moved)
-        for ours, theirs in zip(arguments, moved, strict=True):
-            if isinstance(ours, torch.Tensor):
+        for ours, theirs, argument in zip(arguments, moved, op.default._schema.arguments, strict=True):
+            if argument.alias_info is not None:
                 ours.copy_(theirs)
         if isinstance(results, torch.Tensor):
             return results.cpu()
@@ -77,6 +84,10 @@ def laid_out(values, layout):
         return values.contiguous(memory_format=torch.channels_last)
     if layout == "permuted":
         return values.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if layout == "offset":
+        room = torch.empty(values.numel() + 1, dtype=values.dtype)
+        room[1:] = values.reshape(-1)
+        return room[1:].view(values.shape)
     if layout == "sliced":
         room = torch.full((*values.shape[:-1], values.shape[-1] + 3), 9.0, dtype=values.dtype)
         room[..., 1:-2] = values
@@ -155,7 +166,7 @@ def test_a_kernel_serves_every_op():
 @pytest.mark.parametrize("shape, axis, layout", LAYOUTS)
 def test_values_and_gradients(shape, axis, layout, dtype, poisoned):
     x, scale, zero_point = make(shape, axis, layout, dtype)
-    grad = torch.randn(shape).to(dtype)
+    grad = laid_out(torch.randn(shape).to(dtype), "offset" if layout == "offset" else "contiguous")
     for activation in ("none", "relu", "relu6") if dtype == torch.float32 else ("relu6",):
         arguments = (scale, zero_point, -8, 7, axis, activation)
         ratio, code, s, z = parts(x, scale, zero_point, axis, activation)

@@ -34,6 +34,8 @@ MASKED = [
     ((2, 3, 40), 1, "contiguous"),
     ((4, 3, 20), 1, "sliced"),
     ((2, 1500), 0, "contiguous"),
+    ((4099,), None, "offset"),
+    ((2, 3, 40), 1, "offset"),
     ((1, 3), 0, "contiguous"),
     ((0, 4), 1, "contiguous"),
     ((4, 0), 0, "contiguous"),
@@ -70,7 +72,7 @@ def test_mask_and_its_backward(shape, axis, layout, dtype, poisoned):
     grad = torch.randn(shape).to(dtype)
     grad.view(-1)[:2] = INF
     stride = list(want[0].stride())
-    for incoming in (grad, torch.empty_strided(shape, stride, dtype=dtype).copy_(grad)):
+    for incoming in (grad, torch.empty_strided(shape, stride, dtype=dtype).copy_(grad), laid_out(grad, "offset")):
         same(
             fq.fake_quantize_masked_backward(incoming, want[1], stride),
             masks.fake_quantize_masked_backward(incoming, want[1], stride),

@@ -145,7 +145,7 @@ __global__ void learned_finish_kernel(A* __restrict__ grad_scale, A* __restrict_
 
 }  // namespace
 
-// Splits depend on shape, strides and dtype alone, so that the same bits come out of every run.
+// Splits depend on shape, strides, dtype and alignment alone, so that the same bits come out of every run.
 LearnedPlan plan_learned(Element element, const Extent& extent, bool is_aligned) {
   LearnedPlan plan{};
   for_element(element, [&](auto value, auto) {

@@ -1,0 +1,110 @@
+"""Code of the CUDA kernels that `test_cuda_build.py` leaves out: learned, ranges, weights, codes, error, packing.
+
+Every kernel: no spills, no stack, registers. The wide ones for float32 and bfloat16: 16-byte accesses and the number of
+instructions, rare paths included.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+from test_cuda_build import ARCHITECTURES, ROOT, disassembler
+
+# Kernels in each file.
+SOURCES = {
+    "fake_quant_learned.cu": 17,
+    "fake_quant_observed.cu": 24,
+    "fake_quant_ranges.cu": 24,
+    "fake_quant_weights.cu": 4,
+    "fake_quant_codes.cu": 72,
+    "fake_quant_error.cu": 9,
+    "packing.cu": 6,
+}
+ELEMENT = "(?:f|13__nv_bfloat16)"
+OBSERVED = "INS0_7ForwardI{}fNS0_15RangeParametersIfEEEELNS0_8ChannelsE{}ELi[48]E"
+MASKED = "INS0_13MaskedForwardI{}fNS0_15RangeParametersIfEEEE"
+# Name -> (pattern of the mangled name, kernels it means, fewest 16-byte loads and stores of each, most instructions:
+# measured for the three architectures, and a tenth).
+WIDE = {
+    "learned, runs": (f"learned_run_kernelILi[48]E{ELEMENT}f", 2, 2, 1, 1070),
+    "learned, columns": (f"learned_column_kernelILi[48]E{ELEMENT}f", 2, 2, 1, 2490),
+    "range": (f"range_kernelINS0_5WatchI{ELEMENT}EELb1ELi[48]E", 2, 4, 0, 2090),
+    "range of channels": (f"range_kernelINS0_5WatchI{ELEMENT}EELb0ELi[48]E", 2, 4, 0, 6240),
+    "delayed": (f"range_kernel{MASKED.format(ELEMENT)}Lb1ELi[48]E", 2, 2, 2, 2310),
+    "delayed channels": (f"range_kernel{MASKED.format(ELEMENT)}Lb0ELi[48]E", 2, 2, 2, 4080),
+    "observed": (f"elementwise_kernel{OBSERVED.format(ELEMENT, 0)}", 2, 2, 2, 1510),
+    "observed channels": (f"elementwise_kernel{OBSERVED.format(ELEMENT, 2)}", 2, 1, 1, 1910),
+    "observed, masked": (f"elementwise_kernel{MASKED.format(ELEMENT)}LNS0_8ChannelsE0ELi[48]E", 2, 2, 2, 1690),
+    "observed channels, masked": (f"elementwise_kernel{MASKED.format(ELEMENT)}LNS0_8ChannelsE2ELi[48]E", 2, 1, 1, 2050),
+    "weights": (f"weights_kernelI{ELEMENT}f", 2, 10, 9, 5600),
+    "error": (f"error_kernelILi[48]E{ELEMENT}f", 2, 2, 0, 1950),
+    "pack": ("(?<!un)pack_stream_kernelILi[24]E", 2, 1, 0, 220),
+    "unpack": ("unpack_stream_kernelILi[24]E", 2, 0, 1, 270),
+    "to bytes": (f"ToCodesI{ELEMENT}fhEELNS0_8ChannelsE0ELi[48]E", 2, 2, 0, 470),
+    "from bytes": (f"FromCodesIh{ELEMENT}fEELNS0_8ChannelsE0ELi[48]E", 2, 0, 2, 380),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def compiled(request, tmp_path_factory):
+    """{file: (ptxas report, {mangled kernel: machine code})} for one architecture."""
+    nvcc, nvdisasm = shutil.which("nvcc"), disassembler()
+    if nvcc is None:
+        pytest.skip("nvcc is not on PATH")
+    if nvdisasm is None:
+        pytest.skip("nvdisasm is neither on PATH nor in triton's package")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def compile(name):
+        cubin = folder / f"{name}.cubin"
+        command = [
+            nvcc, "-cubin", str(ROOT / "csrc/cuda" / name), "-o", str(cubin), f"-arch={request.param}", "-std=c++20",
+            "-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}",
+        ]  # fmt: skip
+        child = subprocess.run(command, capture_output=True, text=True)
+        assert child.returncode == 0, child.stderr[-4000:]
+        listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
+        return child.stderr, dict(zip(sections[1::2], sections[2::2], strict=True))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(compile, SOURCES), strict=True))
+
+
+def test_every_source_is_read():
+    found = {path.name for path in ROOT.glob("csrc/cuda/*.cu")}
+    assert found == {*SOURCES, "fake_quant.cu", "fake_quant_mask.cu"}
+
+
+def test_nothing_spills(compiled):
+    for name, (report, kernels) in compiled.items():
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        assert len(frames) == len(kernels) == SOURCES[name], name
+        assert set(frames) == {("0", "0", "0")}, name
+        # 128 registers are two blocks of 256 threads on a multiprocessor.
+        assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 128, name
+
+
+def test_wide_kernels(compiled):
+    code = {name: listing for _, kernels in compiled.values() for name, listing in kernels.items()}
+    found = {}
+    for what, (pattern, count, loads, stores, limit) in WIDE.items():
+        kernels = {name: listing for name, listing in code.items() if re.search(pattern, name)}
+        assert len(kernels) == count, (what, list(kernels))
+        for name, listing in kernels.items():
+            assert len(re.findall(r"\bLDG\.E\S*\.128", listing)) >= loads, name
+            assert len(re.findall(r"\bSTG\.E\S*\.128", listing)) >= stores, name
+        instructions = [
+            len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", c, re.MULTILINE)) for c in kernels.values()
+        ]
+        found[what] = (max(instructions), limit)
+    # Far below the bound the pattern no longer reads the listing.
+    assert all(limit / 3 < most <= limit for most, limit in found.values()), found
