@@ -161,7 +161,10 @@ def test_range_of_nothing_finite():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_together(dtype, symmetric, axis, poisoned):
     shapes = [((6, 3, 3, 3), "contiguous"), ((5, 4, 3, 3), "channels_last"), ((3, 0), "contiguous")]
-    shapes += [((4, 20), "sliced"), ((1, 9001), "contiguous"), ((3, 4104), "contiguous"), ((1, 8), "contiguous")]
+    shapes += [((4, 20), "sliced"), ((1, 8), "contiguous")]
+    # Few long channels on either axis: thousands of channels would take the interpreter minutes.
+    long = [(1, 9001), (3, 4104)]
+    shapes += [(shape if axis == 0 else shape[::-1], "contiguous") for shape in long]
     weights = [make(shape, 0, layout, dtype)[0] for shape, layout in shapes]
     got = fq.fake_quantize_weights(weights, -8, 7, axis, symmetric)
     want = reference.fake_quantize_weights(weights, -8, 7, axis, symmetric)
