@@ -71,6 +71,8 @@ tests() {
   export CLUSTERQ_TEST_DEVICE=cuda
   CLUSTERQ_BACKEND=auto cases
   CLUSTERQ_BACKEND=triton cases
+  CLUSTERQ_BACKEND=auto "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/gpu_cases.py
+  CLUSTERQ_BACKEND=triton "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/gpu_cases.py
   CLUSTERQ_TEST_DEVICE=cpu "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_build.py \
     tests/test_kernels_offline.py
 }

@@ -234,7 +234,7 @@ def learned_flat_kernel(
     tl.store(partial_ptr + tl.num_programs(0) + pid, tl.sum(sum_zero.to(tl.float64), 0))
 
 
-@triton.jit(do_not_specialize=["channels", "col_groups", "splits", "quant_min", "quant_max"])
+@triton.jit(do_not_specialize=["outer", "channels", "col_groups", "splits", "quant_min", "quant_max"])
 def learned_tile_kernel(
     dx_ptr, partial_ptr, x_ptr, grad_ptr, scale_ptr, zero_ptr, outer, channels, col_groups, splits, quant_min,
     quant_max, ACTIVATION: tl.constexpr, LAST: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,

@@ -274,3 +274,22 @@ x4 = torch.zeros(2, 3, 4, 4)
 def test_errors_name_the_argument(call: Callable[[], object], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words.replace("(", r"\(")):
         call()
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sysconf") or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 12 << 30,
+    reason="needs 12 GiB of free memory",
+)
+def test_more_than_two_to_the_31_elements() -> None:
+    count = (1 << 31) + 31
+    x = torch.zeros(count, dtype=torch.bfloat16)
+    edges = torch.tensor([0, (1 << 31) - 2, (1 << 31) - 1, 1 << 31, count - 1])
+    x[edges] = 2.25
+    scale, zero_point = torch.ones(1), torch.zeros(1)
+    y = OP.fake_quantize(x, scale, zero_point, -8, 7, None, "none")
+    assert y[edges].tolist() == [2.0] * 5 and int(y.count_nonzero()) == 5
+    del y
+    assert [v.item() for v in OP.finite_range(x, None, "none")] == [0.0, 2.25]
+    to_x, to_scale, _ = OP.fake_quantize_learned_backward(x, x, scale, zero_point, -8, 7, None, "none")
+    # Five times the gradient 2.25 on a rounding error of -0.25.
+    assert to_x[edges].tolist() == [2.25] * 5 and to_scale.item() == -5 * 2.25 * 0.25
