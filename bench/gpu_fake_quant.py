@@ -137,11 +137,17 @@ def against_torch(quick: bool) -> Iterator[Callable[[], Case]]:
 
 
 def sizes(quick: bool) -> Iterator[Callable[[], Case]]:
-    """The public function, not slower than torch's at any size."""
+    """The public functions, not slower than torch's at any size, forward alone and with backward."""
+    bar = Bar("torch", 1.0)
     for count in SIZES[:2] if quick else SIZES:
-        x = torch.randn(count)
-        grid = cpu.grid_for(x, None, centred=True)
-        yield lambda x=x, g=grid: with_modelopt(cpu.forward_case(x, g, "forward by size", Bar("torch", 1.0)), x, g)
+        for dtype in cpu.DTYPES:
+            x = torch.randn(count).to(dtype)
+            grid = cpu.grid_for(x, None, centred=True)
+            yield lambda x=x, g=grid: with_modelopt(cpu.forward_case(x, g, "forward by size", bar), x, g)
+            for kind in ("clipped", "learned"):
+                yield lambda x=x, g=grid, k=kind: cpu.gradient_case(
+                    x, g, f"forward+backward by size, {k}", bar, learned=k == "learned", compiled=False
+                )
 
 
 def with_modelopt(case: Case, x: Tensor, grid: Grid) -> Case:

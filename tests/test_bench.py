@@ -421,5 +421,7 @@ def test_bars_of_the_gpu() -> None:
         ("learned backward per channel, FlagGems' shape", "clusterq", "torch", 3.527, FASTER): 2,
         ("forward+backward per tensor, learned", "clusterq", "torch", 2.3, FASTER): 4,
         ("forward+backward per channel, learned", "clusterq", "torch", 2.3, FASTER): 4,
-        ("forward by size", "clusterq", "torch", 1.0, FASTER): 2,
+        ("forward by size", "clusterq", "torch", 1.0, FASTER): 4,
+        ("forward+backward by size, clipped", "clusterq", "torch", 1.0, FASTER): 4,
+        ("forward+backward by size, learned", "clusterq", "torch", 1.0, FASTER): 4,
     }
