@@ -47,27 +47,32 @@ def disassembler():
     return found
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def built(request, tmp_path_factory):
-    """(ptxas report, {mangled kernel: machine code}) for one architecture."""
+def compiled(name, architecture, folder):
+    """(ptxas report, {mangled kernel: machine code}) of a source, by nvcc; skips where a tool is missing."""
     nvcc, nvdisasm = shutil.which("nvcc"), disassembler()
     if nvcc is None:
         pytest.skip("nvcc is not on PATH")
     if nvdisasm is None:
         pytest.skip("nvdisasm is neither on PATH nor in triton's package")
+    cubin = folder / f"{name}.cubin"
+    command = [
+        nvcc, "-cubin", str(ROOT / "csrc/cuda" / name), "-o", str(cubin), f"-arch={architecture}", "-std=c++20",
+        "-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}",
+    ]  # fmt: skip
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
+    return child.stderr, dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def built(request, tmp_path_factory):
+    """(ptxas report, {mangled kernel: machine code}) for one architecture."""
     report, kernels = "", {}
     for name in SOURCES:
-        cubin = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
-        command = [
-            nvcc, "-cubin", str(ROOT / "csrc/cuda" / name), "-o", str(cubin), f"-arch={request.param}", "-std=c++20",
-            "-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}",
-        ]  # fmt: skip
-        child = subprocess.run(command, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr[-4000:]
-        report += child.stderr
-        listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-        sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
-        kernels |= dict(zip(sections[1::2], sections[2::2], strict=True))
+        said, code = compiled(name, request.param, tmp_path_factory.mktemp("cuda"))
+        report, kernels = report + said, kernels | code
     return report, kernels
 
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
-from test_cuda_build import ARCHITECTURES, ROOT, disassembler
+from test_cuda_build import ARCHITECTURES, ROOT, compiled
 
 # Kernels in each file.
 SOURCES = {
@@ -54,29 +52,11 @@ WIDE = {
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(request, tmp_path_factory):
+def code(request, tmp_path_factory):
     """{file: (ptxas report, {mangled kernel: machine code})} for one architecture."""
-    nvcc, nvdisasm = shutil.which("nvcc"), disassembler()
-    if nvcc is None:
-        pytest.skip("nvcc is not on PATH")
-    if nvdisasm is None:
-        pytest.skip("nvdisasm is neither on PATH nor in triton's package")
     folder = tmp_path_factory.mktemp("cuda")
-
-    def compile(name):
-        cubin = folder / f"{name}.cubin"
-        command = [
-            nvcc, "-cubin", str(ROOT / "csrc/cuda" / name), "-o", str(cubin), f"-arch={request.param}", "-std=c++20",
-            "-O3", "--expt-relaxed-constexpr", "--fmad=false", "-Xptxas=-v", f"-I{ROOT / 'csrc'}",
-        ]  # fmt: skip
-        child = subprocess.run(command, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr[-4000:]
-        listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
-        sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
-        return child.stderr, dict(zip(sections[1::2], sections[2::2], strict=True))
-
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(compile, SOURCES), strict=True))
+        return dict(zip(SOURCES, pool.map(lambda n: compiled(n, request.param, folder), SOURCES), strict=True))
 
 
 def test_every_source_is_read():
@@ -84,8 +64,8 @@ def test_every_source_is_read():
     assert found == {*SOURCES, "fake_quant.cu", "fake_quant_mask.cu"}
 
 
-def test_nothing_spills(compiled):
-    for name, (report, kernels) in compiled.items():
+def test_nothing_spills(code):
+    for name, (report, kernels) in code.items():
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
         assert len(frames) == len(kernels) == SOURCES[name], name
         assert set(frames) == {("0", "0", "0")}, name
@@ -93,11 +73,11 @@ def test_nothing_spills(compiled):
         assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 128, name
 
 
-def test_wide_kernels(compiled):
-    code = {name: listing for _, kernels in compiled.values() for name, listing in kernels.items()}
+def test_wide_kernels(code):
+    every = {name: listing for _, kernels in code.values() for name, listing in kernels.items()}
     found = {}
     for what, (pattern, count, loads, stores, limit) in WIDE.items():
-        kernels = {name: listing for name, listing in code.items() if re.search(pattern, name)}
+        kernels = {name: listing for name, listing in every.items() if re.search(pattern, name)}
         assert len(kernels) == count, (what, list(kernels))
         for name, listing in kernels.items():
             assert len(re.findall(r"\bLDG\.E\S*\.128", listing)) >= loads, name
