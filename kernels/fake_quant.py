@@ -20,6 +20,7 @@ from ._layout import (
     LAUNCH_WIDE,
     RANGE_TILE,
     REDUCE_TILE,
+    TILE,
     channel_tiles,
     check_parameters,
     dense,
@@ -61,7 +62,8 @@ def _elementwise(op, out, x, grad, scale, zero_point, limits, axis, activation):
     if n == 0:
         return out
     channels = scale.numel()
-    size = tile_size(out)
+    # Two inputs at once: the larger tile would need too many registers.
+    size = TILE if op == jit.BACKWARD.value else tile_size(out)
     with torch.cuda.device_of(x):
         if channels == 1:
             jit.flat_kernel[(triton.cdiv(n, size),)](

@@ -82,9 +82,9 @@ wide, byte = {"partial_ptr": "fp64"}, {"mask_ptr": "u8"}
 cases = {
     "forward": (jit.flat_kernel, {"OP": 0, "ACTIVATION": 0, "BLOCK": size}, {}),
     "forward relu6": (jit.flat_kernel, {"OP": 0, "ACTIVATION": 2, "BLOCK": size}, {}),
-    "backward": (jit.flat_kernel, {"OP": 1, "ACTIVATION": 0, "BLOCK": size}, {}),
+    "backward": (jit.flat_kernel, {"OP": 1, "ACTIVATION": 0, "BLOCK": 1024}, {}),
     "forward rows": (jit.tile_kernel, {"OP": 0, "ACTIVATION": 0, **rows}, {}),
-    "backward rows": (jit.tile_kernel, {"OP": 1, "ACTIVATION": 0, **rows}, {}),
+    "backward rows": (jit.tile_kernel, {"OP": 1, "ACTIVATION": 0, **rows, "BLOCK_R": 16}, {}),
     "forward last": (jit.tile_kernel, {"OP": 0, "ACTIVATION": 0, **last}, {}),
     "learned": (jit.learned_flat_kernel, {"ACTIVATION": 0, "BLOCK": 1024, "TILES": 8}, wide),
     "learned rows": (jit.learned_tile_kernel, {"ACTIVATION": 0, "LAST": False, **half}, wide),
@@ -138,9 +138,9 @@ print(json.dumps({name: inspect(cases[name][0], element, cases[name][1], arch, c
 ACCESSES = {
     "forward": ((2, 2), (2, 2)),
     "forward relu6": ((2, 2), (2, 2)),
-    "backward": ((4, 2), (4, 2)),
+    "backward": ((4, 2), (2, 1)),
     "forward rows": ((2, 2), (2, 2)),
-    "backward rows": ((4, 2), (4, 2)),
+    "backward rows": ((4, 2), (2, 1)),
     "forward last": ((2, 2), (2, 2)),
     "learned": ((4, 2), (2, 1)),
     "learned rows": ((4, 2), (2, 1)),
