@@ -95,10 +95,21 @@ def test_scales_in_less_than_float32_are_left_to_torchao() -> None:
         ours.IntxFakeQuantizer(config)
 
 
-@pytest.mark.parametrize("dtype", [torch.int2, torch.int4, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.int1, torch.int2, torch.int4, torch.int8])
 def test_gradient_on_the_outermost_codes(dtype: torch.dtype) -> None:
     """Whatever torch's clamp does at its bounds."""
     config = IntxFakeQuantizeConfig(dtype, PerGroup(4))
     x = torch.linspace(-3, 3, 64).reshape(2, 32)
     got, want = (step(q(config), x, torch.ones(2, 32)) for q in (ours.IntxFakeQuantizer, IntxFakeQuantizer))
     assert torch.equal(got[1] != 0, want[1] != 0) and torch.equal(got[0], want[0])
+
+
+def test_second_derivative() -> None:
+    """The gradient is linear in the incoming one, and its own derivative where that is wanted."""
+    config = IntxFakeQuantizeConfig(torch.int4, PerGroup(4))
+    x, slope = torch.linspace(-3, 3, 64).reshape(2, 32).requires_grad_(), torch.ones(2, 32, requires_grad=True)
+    results = []
+    for quantizer in (ours.IntxFakeQuantizer(config), IntxFakeQuantizer(config)):
+        (first,) = torch.autograd.grad(quantizer(x), x, slope, create_graph=True)
+        results.append(torch.autograd.grad(first.sum(), slope)[0])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=0)
