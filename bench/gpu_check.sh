@@ -6,8 +6,10 @@
 # Needs a Python with torch (CUDA) and triton, nvcc of the same CUDA major version, and compute-sanitizer.
 #   PYTHON            interpreter (default python3)
 #   OUT               folder of logs and figures (default ./gpu_check_out)
-#   SKIP_<STAGE>=1    leaves out a stage: BUILD, TESTS, SANITIZE, BENCH
-# Ends with status 1 at the first stage that fails; the logs of the stages are in $OUT.
+#   SKIP_<STAGE>=1    leaves out a stage: BUILD, TESTS, BENCH, SANITIZE, OFFLINE
+#   JOBS              test processes that share the GPU, where pytest-xdist is installed (default 8)
+# A stage that fails does not keep the next ones from running, except the build; the status is then 1. The logs of the
+# stages are in $OUT.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,6 +17,7 @@ PYTHON=${PYTHON:-python3}
 OUT=${OUT:-./gpu_check_out}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
+failed=()
 
 stage() {
   local name=$1
@@ -32,7 +35,8 @@ stage() {
   if ! wait $!; then
     tail -n 40 "$log"
     echo "== ${name} failed" >&2
-    exit 1
+    failed+=("$name")
+    return
   fi
   tail -n 3 "$log"
 }
@@ -62,19 +66,25 @@ assert any(row.kernel == "cuda" for row in clusterq.ops.backends()), "the CUDA l
 PY
 }
 
-cases() {
-  "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/kernel_cases.py \
-    tests/kernel_mask_cases.py "$@"
+pytest() {
+  "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib "$@"
 }
 
 tests() {
   export CLUSTERQ_TEST_DEVICE=cuda
-  CLUSTERQ_BACKEND=auto cases
-  CLUSTERQ_BACKEND=triton cases
-  CLUSTERQ_BACKEND=auto "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/gpu_cases.py
-  CLUSTERQ_BACKEND=triton "$PYTHON" -m pytest -q -p no:cacheprovider --import-mode=importlib tests/gpu_cases.py
-  CLUSTERQ_TEST_DEVICE=cpu "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda_build.py \
-    tests/test_kernels_offline.py
+  local parallel=() backend status=0
+  # Most of the time goes to compiling Triton kernels.
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then parallel=(-n "${JOBS:-8}"); fi
+  for backend in auto triton; do
+    echo "-- ${backend}"
+    CLUSTERQ_BACKEND=$backend pytest "${parallel[@]}" tests/kernel_cases.py tests/kernel_mask_cases.py || status=1
+    CLUSTERQ_BACKEND=$backend pytest tests/gpu_cases.py || status=1
+  done
+  return $status
+}
+
+offline() {
+  CLUSTERQ_TEST_DEVICE=cpu pytest tests/test_cuda_build.py tests/test_kernels_offline.py
 }
 
 find_sanitizer() {
@@ -132,7 +142,10 @@ bench() {
 }
 
 stage BUILD build
+if ((${#failed[@]})); then exit 1; fi
 stage TESTS tests
-stage SANITIZE sanitize
 stage BENCH bench
-echo "== done, results in ${OUT}"
+stage SANITIZE sanitize
+stage OFFLINE offline
+echo "== done, results in ${OUT}${failed[*]:+; failed: ${failed[*]}}"
+((${#failed[@]} == 0))
