@@ -6,10 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
+#include <type_traits>
 
 // torch 2.11 and 2.12 have it under another name.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -21,16 +22,38 @@ namespace clusterq {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+inline void append(std::string& text, const std::string& part) { text += part; }
+// C++17, which is what torch 2.11 compiles extensions as.
+template <typename Number, std::enable_if_t<std::is_integral_v<Number>, int> = 0>
+void append(std::string& text, Number number) {
+  text += std::to_string(number);
+}
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::string text;
+  (append(text, parts), ...);
+  throw std::runtime_error(text);
+}
+
+// In place of STD_TORCH_CHECK, which writes numbers to an ostream: where a toolchain links libstdc++ in part
+// statically, as that of one H200 image did, the copy of it in this library has no locale and the check itself ends the
+// process.
+#define CLUSTERQ_CHECK(condition, ...)               \
+  do {                                               \
+    if (!(condition)) ::clusterq::fail(__VA_ARGS__); \
+  } while (false)
+
 inline void check_contiguous(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous");
+  CLUSTERQ_CHECK(tensor.is_contiguous(), name, " must be contiguous");
 }
 
 inline void check_dtype(const Tensor& tensor, ScalarType wanted, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == wanted, name, " has another dtype than its schema asks for");
+  CLUSTERQ_CHECK(tensor.scalar_type() == wanted, name, " has another dtype than its schema asks for");
 }
 
 inline void check_numel(const Tensor& tensor, int64_t wanted, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == wanted, name, " has ", tensor.numel(), " elements, wanted ", wanted);
+  CLUSTERQ_CHECK(tensor.numel() == wanted, name, " has ", tensor.numel(), " elements, wanted ", wanted);
 }
 
 template <typename Sizes>
@@ -50,21 +73,21 @@ inline bool has_sizes(const Tensor& tensor, std::initializer_list<int64_t> wante
 }
 
 inline void check_sizes(const Tensor& tensor, std::initializer_list<int64_t> wanted, const char* name) {
-  STD_TORCH_CHECK(has_sizes(tensor, wanted), name, " has shape ", shape_text(tensor.sizes()), ", wanted ",
-                  shape_text(wanted));
+  CLUSTERQ_CHECK(has_sizes(tensor, wanted), name, " has shape ", shape_text(tensor.sizes()), ", wanted ",
+                 shape_text(wanted));
 }
 
 inline void check_same_sizes(const Tensor& tensor, const Tensor& other, const char* name) {
   bool same = tensor.dim() == other.dim();
   for (int64_t d = 0; same && d < other.dim(); ++d) same = tensor.size(d) == other.size(d);
-  STD_TORCH_CHECK(same, name, " has shape ", shape_text(tensor.sizes()), ", wanted ", shape_text(other.sizes()));
+  CLUSTERQ_CHECK(same, name, " has shape ", shape_text(tensor.sizes()), ", wanted ", shape_text(other.sizes()));
 }
 
 // Expanded tensors cannot be written: several of their elements are one.
 inline void check_writable(const Tensor& tensor, const char* name) {
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    STD_TORCH_CHECK(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
-                    " is expanded, its elements share memory; wanted one that can be written");
+    CLUSTERQ_CHECK(tensor.size(d) <= 1 || tensor.stride(d) != 0, name,
+                   " is expanded, its elements share memory; wanted one that can be written");
   }
 }
 

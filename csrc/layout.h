@@ -36,7 +36,7 @@ inline Tensor dense(const Tensor& x) {
 
 // grad in the memory order of x, which is dense.
 inline Tensor with_strides_of(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x");
+  CLUSTERQ_CHECK(grad.scalar_type() == x.scalar_type(), "grad must have the dtype of x");
   check_same_sizes(grad, x, "grad");
   if (same_strides(grad, x)) return grad;
   Tensor copy = torch::stable::empty_like(x);
@@ -71,7 +71,7 @@ inline bool fills_memory(const Tensor& x) {
 inline Rule rule_of(const std::string& name) {
   if (name == "codes") return Rule::kCodes;
   if (name == "real") return Rule::kReal;
-  STD_TORCH_CHECK(name == "activation", "rule must be codes, real or activation");
+  CLUSTERQ_CHECK(name == "activation", "rule must be codes, real or activation");
   return Rule::kActivation;
 }
 
@@ -88,7 +88,7 @@ void for_floating(ScalarType dtype, const char* name, const F& body) {
     case ScalarType::Half:
       return body(HalfType{}, float{});
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+      CLUSTERQ_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 

@@ -19,7 +19,7 @@ bool is_dense(const Tensor& x, bool channels_innermost) {
 }  // namespace
 
 View view(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2, "x must be [N, C, *spatial]");
+  CLUSTERQ_CHECK(x.dim() >= 2, "x must be [N, C, *spatial]");
   int64_t spatial = 1;
   for (int64_t i = 2; i < x.dim(); ++i) spatial *= x.size(i);
   const bool planes = is_dense(x, false), rows = !planes && x.dim() > 2 && is_dense(x, true);
@@ -27,7 +27,7 @@ View view(const Tensor& x) {
 }
 
 Tensor in_order_of(const View& x, const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == x.tensor.scalar_type(), name, " must have the dtype of x");
+  CLUSTERQ_CHECK(tensor.scalar_type() == x.tensor.scalar_type(), name, " must have the dtype of x");
   check_same_sizes(tensor, x.tensor, name);
   if (is_dense(tensor, x.rows && x.spatial != 1)) return tensor;
   Tensor out = torch::stable::empty_like(x.tensor);

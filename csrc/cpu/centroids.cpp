@@ -193,15 +193,15 @@ void search_float64(const Level& level, const double* x, const double* c, int64_
 }  // namespace
 
 std::tuple<Tensor, Tensor> nearest(const Tensor& x_any, const Tensor& centroids_any) {
-  STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  CLUSTERQ_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
   const Tensor x = packed(x_any);
   const Tensor centroids = packed(centroids_any);
   const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
   const ScalarType x_dtype = x.scalar_type(), c_dtype = centroids.scalar_type();
   const bool wide = x_dtype == ScalarType::Double;
-  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
-  STD_TORCH_CHECK(clusters >= 1 && clusters < (int64_t{1} << 30) && dim >= 1, "wanted 1 <= K < 2^30 and D >= 1");
-  STD_TORCH_CHECK(wide == (c_dtype == ScalarType::Double), "float64 goes with float64 only");
+  CLUSTERQ_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
+  CLUSTERQ_CHECK(clusters >= 1 && clusters < (int64_t{1} << 30) && dim >= 1, "wanted 1 <= K < 2^30 and D >= 1");
+  CLUSTERQ_CHECK(wide == (c_dtype == ScalarType::Double), "float64 goes with float64 only");
   for_floating(x_dtype, "x", [](auto, auto) {});
   for_floating(c_dtype, "centroids", [](auto, auto) {});
   Tensor index = torch::stable::new_empty(x, {batch, rows}, ScalarType::Long);

@@ -37,8 +37,8 @@ Grouping group(const int64_t* index, const double* weights, int64_t batch, int64
   const auto used = [&](int64_t row) { return index[row] >= 0 && (weights == nullptr || weights[row] != 0); };
   for (int64_t b = 0; b < batch; b++) {
     for (int64_t row = b * rows; row < (b + 1) * rows; row++) {
-      STD_TORCH_CHECK(index[row] >= -1 && index[row] < clusters, "index has the value ", index[row], "; wanted -1 to ",
-                      clusters - 1);
+      CLUSTERQ_CHECK(index[row] >= -1 && index[row] < clusters, "index has the value ", index[row], "; wanted -1 to ",
+                     clusters - 1);
       if (used(row)) position[b * clusters + index[row] + 1]++;
     }
   }
@@ -120,11 +120,11 @@ std::vector<double> doubles_of(const Tensor& tensor, const char* name) {
 
 void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const Tensor& index_any,
             const std::optional<Tensor>& weights_any, double decay, const std::string& mode) {
-  STD_TORCH_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
-  STD_TORCH_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  CLUSTERQ_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
+  CLUSTERQ_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
   const bool codebook = mode == "codebook";
   const int64_t batch = x_any.size(0), rows = x_any.size(1), dim = x_any.size(2), clusters = centroids_any.size(1);
-  STD_TORCH_CHECK(centroids_any.size(0) == batch && centroids_any.size(2) == dim, "x and centroids differ in B or D");
+  CLUSTERQ_CHECK(centroids_any.size(0) == batch && centroids_any.size(2) == dim, "x and centroids differ in B or D");
   for_floating(x_any.scalar_type(), "x", [](auto, auto) {});
   for_floating(centroids_any.scalar_type(), "centroids", [](auto, auto) {});
   check_dtype(index_any, ScalarType::Long, "index");
@@ -204,11 +204,11 @@ CLUSTERQ_INLINE void flow_rows(const T* x, const double* centroid, const double*
 std::tuple<Tensor, Tensor> backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& centroids_any,
                                     const Tensor& index_any) {
   const Tensor grad = packed(grad_any), x = packed(x_any), centroids = packed(centroids_any), index = packed(index_any);
-  STD_TORCH_CHECK(x.dim() == 3 && centroids.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
+  CLUSTERQ_CHECK(x.dim() == 3 && centroids.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
   const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), clusters = centroids.size(1);
-  STD_TORCH_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
-  STD_TORCH_CHECK((x.scalar_type() == ScalarType::Double) == (centroids.scalar_type() == ScalarType::Double),
-                  "float64 goes with float64 only");
+  CLUSTERQ_CHECK(centroids.size(0) == batch && centroids.size(2) == dim, "x and centroids differ in B or D");
+  CLUSTERQ_CHECK((x.scalar_type() == ScalarType::Double) == (centroids.scalar_type() == ScalarType::Double),
+                 "float64 goes with float64 only");
   check_dtype(index, ScalarType::Long, "index");
   check_sizes(index, {batch, rows}, "index");
   check_dtype(grad, compute_dtype(x.scalar_type()), "grad");

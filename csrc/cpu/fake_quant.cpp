@@ -77,7 +77,7 @@ void for_codes(ScalarType dtype, const F& body) {
     case ScalarType::Int:
       return body(int32_t{});
     default:
-      STD_TORCH_CHECK(false, "codes must be uint8, int8, int16 or int32");
+      CLUSTERQ_CHECK(false, "codes must be uint8, int8, int16 or int32");
   }
 }
 

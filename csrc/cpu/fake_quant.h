@@ -36,7 +36,7 @@ Activation<A> activation_of(const std::string& name) {
   constexpr A inf = std::numeric_limits<A>::infinity();
   if (name == "none") return {-inf, inf};
   if (name == "relu") return {A(0), inf};
-  STD_TORCH_CHECK(name == "relu6", "activation must be none, relu or relu6");
+  CLUSTERQ_CHECK(name == "relu6", "activation must be none, relu or relu6");
   return {A(0), A(6)};
 }
 
@@ -62,7 +62,7 @@ struct Walk {
     // Every op makes one before its threads start.
     cpu_level();
     if (axis.has_value()) {
-      STD_TORCH_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
+      CLUSTERQ_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
       const int64_t a = *axis < 0 ? *axis + x.dim() : *axis;
       channels = x.size(a);
       // A channel axis of length 1 may carry any stride.

@@ -44,7 +44,7 @@ Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_point
              std::optional<int64_t> axis) {
   const Tensor x = dense(input);
   const Walk walk(x, axis);
-  STD_TORCH_CHECK(scales.dim() == 2 && zero_points.dim() == 2, "scales and zero_points must be [candidates, channels]");
+  CLUSTERQ_CHECK(scales.dim() == 2 && zero_points.dim() == 2, "scales and zero_points must be [candidates, channels]");
   const int64_t candidates = scales.size(0);
   check_numel(scales, candidates * walk.channels, "scales");
   check_numel(zero_points, candidates * walk.channels, "zero_points");

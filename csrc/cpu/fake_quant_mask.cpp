@@ -144,7 +144,7 @@ Tensor masked_backward(const Tensor& grad_output, const Tensor& saved, std::vect
   check_dtype(saved, ScalarType::Byte, "mask");
   const Tensor mask = packed(saved);
   check_numel(mask, ceil_div(grad_output.numel(), 8), "mask");
-  STD_TORCH_CHECK(static_cast<int64_t>(stride.size()) == grad_output.dim(), "stride must have an entry per dimension");
+  CLUSTERQ_CHECK(static_cast<int64_t>(stride.size()) == grad_output.dim(), "stride must have an entry per dimension");
   bool same = true;
   for (int64_t d = 0; d < grad_output.dim(); ++d) same &= grad_output.stride(d) == stride[d];
   Tensor grad = grad_output;
@@ -152,7 +152,7 @@ Tensor masked_backward(const Tensor& grad_output, const Tensor& saved, std::vect
     grad = empty_with_strides(grad_output, stride);
     torch::stable::copy_(grad, grad_output);
   }
-  STD_TORCH_CHECK(fills_memory(grad), "stride leaves gaps in memory");
+  CLUSTERQ_CHECK(fills_memory(grad), "stride leaves gaps in memory");
   // Where grad was copied, the copy becomes the result.
   Tensor grad_x = same ? output_like(grad) : grad;
   const auto apply = [&](auto word) {

@@ -39,7 +39,7 @@ std::vector<Channels> tasks_of(const std::vector<Weight>& weights) {
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> weights(std::vector<Tensor> inputs, int64_t quant_min,
                                                         int64_t quant_max, int64_t axis, bool symmetric) {
-  STD_TORCH_CHECK(!inputs.empty(), "weights is empty");
+  CLUSTERQ_CHECK(!inputs.empty(), "weights is empty");
   const ScalarType dtype = inputs[0].scalar_type();
   std::vector<Weight> all;
   int64_t channels = 0;

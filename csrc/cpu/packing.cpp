@@ -34,7 +34,7 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
 template <typename F>
 void for_bits(int64_t bits, const F& body) {
   if (bits == 2) return body(std::integral_constant<int, 2>{});
-  STD_TORCH_CHECK(bits == 4, "bits must be 2 or 4");
+  CLUSTERQ_CHECK(bits == 4, "bits must be 2 or 4");
   body(std::integral_constant<int, 4>{});
 }
 
@@ -49,8 +49,8 @@ void for_rows(int64_t rows, int64_t length, const F& body) {
 
 Tensor pack_codes(const Tensor& input, int64_t bits) {
   const ScalarType dtype = input.scalar_type();
-  STD_TORCH_CHECK((dtype == ScalarType::Byte || dtype == ScalarType::Char) && input.dim() > 0,
-                  "codes must be uint8 or int8, of a dimension or more");
+  CLUSTERQ_CHECK((dtype == ScalarType::Byte || dtype == ScalarType::Char) && input.dim() > 0,
+                 "codes must be uint8 or int8, of a dimension or more");
   const Tensor codes = packed(input);
   const int64_t length = codes.size(codes.dim() - 1), rows = length == 0 ? 0 : codes.numel() / length;
   Tensor result;
@@ -72,15 +72,15 @@ Tensor pack_codes(const Tensor& input, int64_t bits) {
 }
 
 Tensor unpack_codes(const Tensor& input, int64_t bits, int64_t length, bool is_signed) {
-  STD_TORCH_CHECK(input.scalar_type() == ScalarType::Byte && input.dim() > 0,
-                  "packed must be uint8, of a dimension or more");
+  CLUSTERQ_CHECK(input.scalar_type() == ScalarType::Byte && input.dim() > 0,
+                 "packed must be uint8, of a dimension or more");
   const Tensor bytes_in = packed(input);
   Tensor result =
       torch::stable::new_empty(bytes_in, with_last(bytes_in, length), is_signed ? ScalarType::Char : ScalarType::Byte);
   for_bits(bits, [&](auto width) {
     constexpr int kBits = decltype(width)::value, kPerByte = 8 / kBits;
     const int64_t whole = length / kPerByte, bytes = ceil_div(length, kPerByte);
-    STD_TORCH_CHECK(bytes_in.size(bytes_in.dim() - 1) == bytes, "packed has another length than its codes need");
+    CLUSTERQ_CHECK(bytes_in.size(bytes_in.dim() - 1) == bytes, "packed has another length than its codes need");
     const auto* from = static_cast<const uint8_t*>(bytes_in.const_data_ptr());
     auto* to = static_cast<uint8_t*>(result.mutable_data_ptr());
     const uint8_t half = is_signed ? 1 << (kBits - 1) : 0;

@@ -44,13 +44,12 @@ inline CpuLevel chosen_cpu_level() {
   const std::string wanted = variable == nullptr ? "" : variable;
   const CpuLevel best = best_cpu_level();
   if (wanted.empty()) return best;
-  STD_TORCH_CHECK(wanted == "default" || wanted == "avx2" || wanted == "avx512", "CLUSTERQ_CPU_CAPABILITY is ", wanted,
-                  "; wanted default, avx2 or avx512");
+  CLUSTERQ_CHECK(wanted == "default" || wanted == "avx2" || wanted == "avx512", "CLUSTERQ_CPU_CAPABILITY is ", wanted,
+                 "; wanted default, avx2 or avx512");
   const CpuLevel level = wanted == "default" ? CpuLevel::kDefault
                          : wanted == "avx2"  ? CpuLevel::kAvx2
                                              : CpuLevel::kAvx512;
-  STD_TORCH_CHECK(level <= best, "CLUSTERQ_CPU_CAPABILITY is ", wanted,
-                  ", which this CPU or this build does not offer");
+  CLUSTERQ_CHECK(level <= best, "CLUSTERQ_CPU_CAPABILITY is ", wanted, ", which this CPU or this build does not offer");
   return level;
 }
 

@@ -79,7 +79,7 @@ int code_bytes(ScalarType dtype) {
     case ScalarType::Int:
       return 4;
     default:
-      STD_TORCH_CHECK(false, "codes must be uint8, int8, int16 or int32");
+      CLUSTERQ_CHECK(false, "codes must be uint8, int8, int16 or int32");
   }
 }
 

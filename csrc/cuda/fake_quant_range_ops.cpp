@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> masked(const Tensor& input, const Tensor& scale, cons
 
 Tensor masked_backward(const Tensor& grad_output, const Tensor& mask, std::vector<int64_t> stride) {
   const int64_t dims = grad_output.dim(), numel = grad_output.numel();
-  STD_TORCH_CHECK(static_cast<int64_t>(stride.size()) == dims, "stride has ", stride.size(), " numbers, wanted ", dims);
+  CLUSTERQ_CHECK(static_cast<int64_t>(stride.size()) == dims, "stride has ", stride.size(), " numbers, wanted ", dims);
   check_dtype(mask, ScalarType::Byte, "mask");
   check_numel(mask, ceil_div(numel, 8), "mask");
   check_device(mask, grad_output, "mask");
@@ -50,7 +50,7 @@ Tensor masked_backward(const Tensor& grad_output, const Tensor& mask, std::vecto
   const Launch launch(grad_output);
   const Tensor out = empty_with_strides(grad_output, stride);
   // Else the walk over memory would leave the tensor.
-  STD_TORCH_CHECK(fills_memory(out), "stride leaves gaps in memory or repeats elements");
+  CLUSTERQ_CHECK(fills_memory(out), "stride leaves gaps in memory or repeats elements");
   if (numel == 0) return out;
   Tensor grad = grad_output;
   if (!same_strides(grad_output, out)) {

@@ -11,7 +11,7 @@ constexpr int64_t kShortRun = 32;
 
 std::tuple<std::vector<Tensor>, Tensor, Tensor> quantize_weights(const std::vector<Tensor>& inputs, int64_t quant_min,
                                                                  int64_t quant_max, int64_t axis, bool symmetric) {
-  STD_TORCH_CHECK(!inputs.empty(), "weights is empty");
+  CLUSTERQ_CHECK(!inputs.empty(), "weights is empty");
   const Tensor& first = inputs[0];
   const Launch launch(first);
   const ScalarType dtype = compute_dtype(first.scalar_type());
@@ -28,7 +28,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> quantize_weights(const std::vect
     extents.push_back(extent_of(dense_inputs.back(), axis));
     channels += extents.back().channels;
   }
-  STD_TORCH_CHECK(channels < int64_t(1) << 31, "weights have too many channels");
+  CLUSTERQ_CHECK(channels < int64_t(1) << 31, "weights have too many channels");
   const Tensor scale = new_channels(first, channels, dtype), zero_point = new_channels(first, channels, dtype);
   auto* scales = static_cast<char*>(scale.mutable_data_ptr());
   auto* zero_points = static_cast<char*>(zero_point.mutable_data_ptr());
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor, Tensor> weight(const Tensor& input, int64_t quant_min
 Tensor error(const Tensor& input, const Tensor& scales, const Tensor& zero_points, int64_t quant_min, int64_t quant_max,
              std::optional<int64_t> axis) {
   check_parameters(input, input.scalar_type(), scales, "scales", zero_points, "zero_points");
-  STD_TORCH_CHECK(scales.dim() == 2 && zero_points.dim() == 2, "scales and zero_points must be [candidates, channels]");
+  CLUSTERQ_CHECK(scales.dim() == 2 && zero_points.dim() == 2, "scales and zero_points must be [candidates, channels]");
   const Launch launch(input);
   const Tensor x = dense(input), s = packed(scales), z = packed(zero_points);
   const Extent extent = extent_of(x, axis);
@@ -113,10 +113,10 @@ Tensor new_rows(const Tensor& x, int64_t last, ScalarType dtype) {
 }
 
 void check_packing(const Tensor& x, int64_t bits, const char* name) {
-  STD_TORCH_CHECK(bits == 2 || bits == 4, "bits is ", bits, "; wanted 2 or 4");
-  STD_TORCH_CHECK(x.dim() > 0, name, " has no dimensions");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Byte || x.scalar_type() == ScalarType::Char, name,
-                  " must be uint8 or int8");
+  CLUSTERQ_CHECK(bits == 2 || bits == 4, "bits is ", bits, "; wanted 2 or 4");
+  CLUSTERQ_CHECK(x.dim() > 0, name, " has no dimensions");
+  CLUSTERQ_CHECK(x.scalar_type() == ScalarType::Byte || x.scalar_type() == ScalarType::Char, name,
+                 " must be uint8 or int8");
 }
 
 Tensor pack(const Tensor& input, int64_t bits) {
@@ -136,8 +136,8 @@ Tensor unpack(const Tensor& input, int64_t bits, int64_t length, bool is_signed)
   check_packing(input, bits, "packed");
   const Launch launch(input);
   const Tensor bytes = packed(input);
-  STD_TORCH_CHECK(length >= 0 && bytes.size(bytes.dim() - 1) == ceil_div(length, 8 / bits), "packed has ",
-                  bytes.size(bytes.dim() - 1), " bytes to the row, wanted ", ceil_div(length, 8 / bits));
+  CLUSTERQ_CHECK(length >= 0 && bytes.size(bytes.dim() - 1) == ceil_div(length, 8 / bits), "packed has ",
+                 bytes.size(bytes.dim() - 1), " bytes to the row, wanted ", ceil_div(length, 8 / bits));
   const Tensor codes = new_rows(bytes, length, is_signed ? ScalarType::Char : ScalarType::Byte);
   if (codes.numel() == 0) return codes;
   launch_unpack(static_cast<const uint8_t*>(bytes.const_data_ptr()), static_cast<uint8_t*>(codes.mutable_data_ptr()),

@@ -41,8 +41,8 @@ class Launch {
 };
 
 inline void check_device(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
-                  " must be on the device of the data");
+  CLUSTERQ_CHECK(tensor.is_cuda() && tensor.get_device_index() == x.get_device_index(), name,
+                 " must be on the device of the data");
 }
 #endif
 
@@ -57,14 +57,14 @@ inline Element element_of(ScalarType dtype, const char* name) {
     case ScalarType::Half:
       return Element::kHalf;
     default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+      CLUSTERQ_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
   }
 }
 
 inline ActivationKind activation_kind(const std::string& name) {
   if (name == "none") return ActivationKind::kNone;
   if (name == "relu") return ActivationKind::kRelu;
-  STD_TORCH_CHECK(name == "relu6", "activation must be none, relu or relu6");
+  CLUSTERQ_CHECK(name == "relu6", "activation must be none, relu or relu6");
   return ActivationKind::kRelu6;
 }
 
@@ -72,7 +72,7 @@ inline ActivationKind activation_kind(const std::string& name) {
 inline Extent extent_of(const Tensor& x, std::optional<int64_t> axis) {
   Extent extent{x.numel(), 1, x.numel()};
   if (!axis.has_value()) return extent;
-  STD_TORCH_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
+  CLUSTERQ_CHECK(*axis >= -x.dim() && *axis < x.dim(), "axis is out of range");
   const int64_t a = *axis < 0 ? *axis + x.dim() : *axis;
   extent.channels = x.size(a);
   if (extent.channels != 1) extent.inner = x.numel() == 0 ? 0 : x.stride(a);
@@ -82,10 +82,10 @@ inline Extent extent_of(const Tensor& x, std::optional<int64_t> axis) {
 // With a parameter of one element or one per channel.
 inline Extent extent_of(const Tensor& x, const Tensor& parameter, std::optional<int64_t> axis) {
   if (parameter.numel() == 1) return extent_of(x, std::nullopt);
-  STD_TORCH_CHECK(axis.has_value(), "axis is missing");
+  CLUSTERQ_CHECK(axis.has_value(), "axis is missing");
   const Extent extent = extent_of(x, axis);
-  STD_TORCH_CHECK(parameter.numel() == extent.channels, "scale has ", parameter.numel(), " elements, wanted 1 or ",
-                  extent.channels);
+  CLUSTERQ_CHECK(parameter.numel() == extent.channels, "scale has ", parameter.numel(), " elements, wanted 1 or ",
+                 extent.channels);
   return extent;
 }
 
