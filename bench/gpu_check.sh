@@ -126,15 +126,26 @@ PY
   fi
   grep -q "Invalid __global__ write" "${OUT}/canary.log"
   echo "canary reported"
-  local backend check
+  local backend check run status=0 runs=() logs
+  logs=$(mktemp -d)
+  # At once: each spends most of its time on one CPU core.
   for backend in auto triton; do
     for check in memcheck racecheck; do
       CLUSTERQ_BACKEND=$backend "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
         --import-mode=importlib tests/kernel_cases.py tests/kernel_mask_cases.py \
         -k "(values_and_gradients or mask_and_its_backward or finite_range or weights_together or errors_of_candidates \
-            or codes_and_back) and (dtype0 or dtype1) or many_programs or several_tiles or packing"
+            or codes_and_back) and (dtype0 or dtype1) or many_programs or several_tiles or packing" \
+        >"${logs}/${backend}.${check}" 2>&1 &
+      runs+=("$!:${backend}.${check}")
     done
   done
+  for run in "${runs[@]}"; do
+    wait "${run%%:*}" || status=1
+    echo "-- ${run#*:}"
+    cat "${logs}/${run#*:}"
+  done
+  rm -r "$logs"
+  return $status
 }
 
 bench() {

@@ -23,7 +23,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 inline void append(std::string& text, const std::string& part) { text += part; }
-// C++17, which is what torch 2.11 compiles extensions as.
+// C++17: what torch 2.11 compiles extensions as.
 template <typename Number, std::enable_if_t<std::is_integral_v<Number>, int> = 0>
 void append(std::string& text, Number number) {
   text += std::to_string(number);
@@ -36,9 +36,8 @@ template <typename... Parts>
   throw std::runtime_error(text);
 }
 
-// In place of STD_TORCH_CHECK, which writes numbers to an ostream: where a toolchain links libstdc++ in part
-// statically, as that of one H200 image did, the copy of it in this library has no locale and the check itself ends the
-// process.
+// In place of STD_TORCH_CHECK, which writes numbers to an ostream: on one H200 image code of libstdc++ was linked into
+// this library, and writing a number there ended the process. torch's own headers still do.
 #define CLUSTERQ_CHECK(condition, ...)               \
   do {                                               \
     if (!(condition)) ::clusterq::fail(__VA_ARGS__); \
