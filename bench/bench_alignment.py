@@ -3,7 +3,14 @@
     python bench/bench_alignment.py [--threads 2] [--repeats 15] [--quick] [--json FILE]
     pytest bench/bench_alignment.py --benchmark-only
 
-ResNet-20 on 32x32 images, float32. `plain` is the same network with ordinary BatchNorm in evaluation mode and
+ResNet-20 on 32x32 images, float32. First the loss alone, given the inputs of all BatchNorm layers: statistics, BN
+alignment, class alignment and diversity of the 12 deepest layers, and the gradients of the inputs.
+
+- `clusterq`: `instance_statistics_list` and `AlignmentTargets`.
+- `eager`: mean and variance by torch, the same loss in a dozen torch operations (`eager_losses.py`).
+- `compiled`: `torch.compile` of `eager`.
+
+Then the teacher. `plain` is the same network with ordinary BatchNorm in evaluation mode and
 cross-entropy alone; the others add BN alignment, class alignment and diversity enhancement with the moving average of
 the centroids:
 
@@ -25,9 +32,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from eager_losses import bns_loss, channel_weights, class_alignment_loss, class_statistics
 from harness import Bar, Case, main
 from torch import Tensor, nn
 
+from clusterq import ops
 from clusterq.config import SynthesisConfig
 from clusterq.networks import resnet20
 from clusterq.synthesis import SynthesisObjective, Teacher, semantic_start
@@ -226,11 +235,64 @@ def teacher_case(batch: int) -> Case:
         "teacher forward and backward, ResNet-20",
         f"batch {batch}",
         {name: partial(call, step) for name, step in steps.items()},
-        bar=Bar("plain", 1.4, "at most x of the time"),
+        bar=Bar("plain", 1.08, "at most x of the time"),
+    )
+
+
+def layer_inputs(batch: int) -> tuple[list[Tensor], list[nn.BatchNorm2d]]:
+    """What enters every BatchNorm of ResNet-20, as leaves, and the layers."""
+    hooked = Hooked(build_network())
+    with torch.no_grad():
+        hooked.forward(torch.randn(batch, 3, 32, 32))
+    return [x.clone().requires_grad_() for x in hooked.inputs], hooked.norms
+
+
+def loss_case(batch: int, num_classes: int, *, compiled: bool) -> Case:
+    torch.manual_seed(0)
+    xs, norms = layer_inputs(batch)
+    channels = [x.shape[1] for x in xs]
+    running = [torch.cat([getattr(norm, f"running_{name}") for norm in norms]) for name in ("mean", "var")]
+    first = semantic_start(len(xs))
+    offset, labels = sum(channels[:first]), torch.arange(batch) % num_classes
+    goals = torch.rand(2, 2, num_classes, sum(channels) - offset)
+    weights = (CONFIG.alignment_weight, CONFIG.diversity_weight)
+    targets = ops.AlignmentTargets(channels, *running, reduction="mean", first=first, class_reduction="mean")
+    classes = ops.ClassTargets(labels, *goals, weights, average=True)
+    columns, class_columns = channel_weights(channels, "mean"), channel_weights(channels[first:], "mean")
+
+    def clusterq_loss() -> Tensor:
+        return targets(*ops.instance_statistics_list(xs), classes).total
+
+    def eager_loss() -> Tensor:
+        mean = torch.cat([x.mean((2, 3)) for x in xs], 1)
+        var = torch.cat([x.var((2, 3), correction=0) for x in xs], 1)
+        loss = bns_loss(mean, var, *running, weight=columns)
+        found = class_statistics(mean[:, offset:], var[:, offset:], labels, num_classes)
+        for weight, goal_mean, goal_spread in zip(weights, *goals, strict=True):
+            term = class_alignment_loss(found, goal_mean, goal_spread, weight=class_columns, reduction="mean")
+            loss = loss + weight * term
+        return loss
+
+    def call(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(), xs)
+
+    torch.testing.assert_close(clusterq_loss(), eager_loss(), rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(call(clusterq_loss), call(eager_loss), strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm()
+    losses = {"clusterq": clusterq_loss, "eager": eager_loss}
+    if compiled:
+        losses["compiled"] = torch.compile(eager_loss)
+    return Case(
+        "alignment loss and its gradients, all layers of ResNet-20",
+        f"batch {batch}, {num_classes} classes",
+        {name: partial(call, loss) for name, loss in losses.items()},
+        Bar("eager", 10.0),
     )
 
 
 def cases(quick: bool) -> Iterator[Case]:
+    for num_classes in (10, 100):
+        yield loss_case(10 if quick else 256, num_classes, compiled=not quick)
     yield teacher_case(10 if quick else 128)
 
 
@@ -240,5 +302,5 @@ def test_teacher_step(benchmark: Any, contestant: str) -> None:
 
 
 if __name__ == "__main__":
-    ops = ("batch_norm_instance_statistics", "batch_norm_statistics_backward")
-    main("alignment", __doc__, cases, ops=ops, repeats=15)
+    names = ("batch_norm_instance_statistics", "batch_norm_statistics_backward", "alignment_loss")
+    main("alignment", __doc__, cases, ops=names, repeats=15)

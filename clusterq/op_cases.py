@@ -94,20 +94,76 @@ def _delayed(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
     return x, low, high, quant_min, quant_max, momentum, *rest, "codes"
 
 
-def _statistics(count: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`count` tensors [N, C]."""
-    return tuple(values(shape[:2], compute_dtype(dtype), seed) for seed in range(1, count + 1))
+def _rows_of_statistics(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, float, float]:
+    """Center and gradients of mean and variance, [N, C], with their factors."""
+    center, by_mean, by_var = (values(shape[:2], compute_dtype(dtype), seed) for seed in range(1, 4))
+    return center, by_mean, by_var, 0.25, 0.5
 
 
-def _channels(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Center, scale and shift [C] of BatchNorm."""
+def _batch_norm(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """Weight, bias, running mean, running variance [C] and eps."""
     channel, wide = shape[1:2], compute_dtype(dtype)
-    return values(channel, wide, 1), positive(channel, wide, 2), values(channel, wide, 3)
+    return (
+        positive(channel, wide, 2),
+        values(channel, wide, 3),
+        values(channel, wide, 1),
+        positive(channel, wide, 4),
+        1e-5,
+    )
+
+
+def _batch_norm_backward(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    weight, _, _, running_var, eps = _batch_norm(shape, dtype)
+    own = _rows_of_statistics(shape, dtype)
+    return (values(shape, dtype, 4), values(shape, dtype), weight, running_var, eps, *own)
+
+
+def _list(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
+    """Two layers of one batch: the second has twice the channels and no positions."""
+    return [values(shape, dtype), values((shape[0], 2 * shape[1]), dtype, 5)]
+
+
+def _list_backward(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+    columns = (shape[0], 3 * shape[1])
+    center, by_mean, by_var = (values(columns, compute_dtype(dtype), seed) for seed in range(1, 4))
+    return _list(shape, dtype), center, by_mean, by_var
+
+
+def _alignment(classes: bool, squared: bool) -> Callable[[Shape, torch.dtype], tuple[Any, ...]]:
+    """Statistics [N, D] of two layers, the second with class terms."""
+
+    def build(shape: Shape, dtype: torch.dtype) -> tuple[Any, ...]:
+        images, columns = shape
+        first, wide = columns // 2, compute_dtype(dtype)
+        rows = 3, columns - first
+        batch = (
+            values(shape, wide),
+            positive(shape, wide, 1),
+            values((columns,), wide, 2),
+            positive((columns,), wide, 3),
+            positive((3, columns), wide, 4),
+            torch.tensor([0, first, columns]),
+            0.7,
+            squared,
+            1e-10 if squared else None,
+        )
+        if not classes:
+            return (*batch, None, None, 0, columns, None, None, None, [], False, None, None, None)
+        labels, mask, known = _labels(images), torch.arange(images) != 3, torch.tensor([True, True, False])
+        targets = values((2, *rows), wide, 5), positive((2, *rows), wide, 6)
+        return (*batch, labels, mask, 3, first, *targets, known, [0.9, 0.6], True, None, None, None)
+
+    return build
 
 
 def _codes(shape: Shape) -> Tensor:
     """0 to 255 without visible order."""
     return (torch.arange(math.prod(shape)) * 73 % 256).reshape(shape)
+
+
+def _image_weights(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """0, 1/2, 1, 3/2 in turn."""
+    return (torch.arange(shape[0]) % 4).to(compute_dtype(dtype)) / 2
 
 
 def _labels(images: int) -> Tensor:
@@ -177,26 +233,30 @@ OP_CASES: dict[str, tuple[OpCase, ...]] = {
     ),
     "quantization_error": (OpCase(_quantization_error),),
     "instance_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype),)),),
-    "batch_norm_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), 1)),),
+    "instance_statistics_list": (OpCase(lambda shape, dtype: (_list(shape, dtype),)),),
+    "batch_norm_statistics": (
+        OpCase(lambda shape, dtype: (values(shape, dtype), 1, None)),
+        OpCase(lambda shape, dtype: (values(shape, dtype), 0, _image_weights(shape, dtype))),
+    ),
     "class_statistics": (
-        OpCase(lambda shape, dtype: (values(shape, dtype), _labels(shape[0]), 3, torch.arange(shape[0]) != 3)),
+        OpCase(lambda shape, dtype: (values(shape, dtype), _labels(shape[0]), 3, _image_weights(shape, dtype))),
         OpCase(lambda shape, dtype: (values(shape, dtype), _labels(shape[0]), 3, None), shape=(6, 3)),
     ),
-    "batch_norm_instance_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), *_channels(shape, dtype))),),
-    "batch_norm_batch_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), *_channels(shape, dtype))),),
-    "statistics_backward": (OpCase(lambda shape, dtype: (values(shape, dtype), *_statistics(3, shape, dtype))),),
-    "batch_norm_statistics_backward": (
+    "batch_norm_instance_statistics": (
+        OpCase(lambda shape, dtype: (values(shape, dtype), *_batch_norm(shape, dtype))),
+    ),
+    "batch_norm_batch_statistics": (OpCase(lambda shape, dtype: (values(shape, dtype), *_batch_norm(shape, dtype))),),
+    "statistics_backward": (OpCase(lambda shape, dtype: (values(shape, dtype), *_rows_of_statistics(shape, dtype))),),
+    "statistics_backward_list": (OpCase(_list_backward),),
+    "batch_norm_statistics_backward": (OpCase(_batch_norm_backward),),
+    "batch_norm_parameter_backward": (
         OpCase(
-            lambda shape, dtype: (
-                values(shape, dtype, 4),
-                values(shape, dtype),
-                _channels(shape, dtype)[1],
-                *_statistics(3, shape, dtype),
-            )
+            lambda shape, dtype: (values(shape, dtype, 4), values(shape, dtype), *_batch_norm(shape, dtype)[2:]),
         ),
     ),
-    "batch_norm_parameter_backward": (
-        OpCase(lambda shape, dtype: (values(shape, dtype, 4), values(shape, dtype), *_channels(shape, dtype)[:2])),
+    "alignment_loss": (
+        OpCase(_alignment(True, True), shape=(6, 8), never_empty=(0, 1)),
+        OpCase(_alignment(False, False), shape=(6, 8), never_empty=(0, 1)),
     ),
     "nearest_centroid": (_rows(lambda shape, dtype: (values(shape, dtype), _book(shape, dtype)[0])),),
     "nearest_centroid_backward": (

@@ -87,6 +87,84 @@ def test_statistics_match_their_definition(shape, dtype, poisoned):
             assert_statistics(statistics, wanted, x)
 
 
+def repeated(x, weights):
+    """Images as often as their whole-number weight says: what a weight means."""
+    return x.repeat_interleave(weights.long(), 0)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("shape", [(7, 5), (6, 16, 8, 8), (7, 3, 66, 64), (5, 65, 7, 7)])
+def test_weights_count_images(shape, dtype):
+    values = (torch.randn(shape, dtype=torch.float64) * 2 + 3).to(dtype)
+    weights = torch.tensor([2, 0, 1, 3, 1, 0, 4])[: shape[0]]
+    labels = torch.tensor([0, 0, 1, -1, 1, 2, 0])[: shape[0]]
+    stored = torch.float64 if dtype == torch.float64 else torch.float32
+    dims = [0, *range(2, len(shape))]
+    for x in all_layouts(values).values():
+        for given in (weights.to(stored), weights.to(dtype)):
+            for correction in (0, 1):
+                actual = ops.batch_norm_statistics(x, correction=correction, weights=given)
+                assert_statistics(actual, truth(repeated(x, weights), dims, correction), x)
+            count, *actual = ops.class_statistics(x, labels, 4, weights=given)
+            _, *wanted = class_truth(repeated(x, weights), labels.repeat_interleave(weights), 4)
+            assert torch.equal(count, class_truth(x, labels, 4, weights > 0)[0])
+            assert_statistics(actual, wanted, x)
+        mask = weights > 1
+        actual = ops.batch_norm_statistics(x, mask=mask)
+        assert_statistics(actual, truth(x[mask], dims), x)
+        actual = ops.batch_norm_statistics(x, mask=mask, weights=weights.to(stored))
+        assert_statistics(actual, truth(repeated(x, weights * mask), dims), x)
+
+
+def test_weights_halve_a_batch():
+    """Fractions, against the same statistics from twice the images."""
+    x, weights = torch.randn(8, 3, 4, 4), torch.rand(8) + 0.5
+    actual = ops.batch_norm_statistics(x, weights=weights)
+    wanted = ops.batch_norm_statistics(torch.cat([x, x]), weights=torch.cat([weights, weights]) / 2)
+    for a, b in zip(actual, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_an_image_left_out_has_no_influence_and_no_gradient(memory_format):
+    clean = torch.randn(5, 4, 6, 6)
+    x = clean.clone()
+    x[3] = math.nan
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    keep, labels = torch.tensor([True, True, True, False, True]), torch.tensor([0, 1, 0, 1, 1])
+    for function in (
+        lambda t: ops.batch_norm_statistics(t, mask=keep),
+        lambda t: ops.class_statistics(t, labels, 2, mask=keep)[1:],
+    ):
+        other = clean.clone().requires_grad_()
+        for actual, wanted in zip(function(x), function(other), strict=True):
+            torch.testing.assert_close(actual, wanted)
+        (gradient,) = torch.autograd.grad(sum(t.square().sum() for t in function(x)), x)
+        (wanted,) = torch.autograd.grad(sum(t.square().sum() for t in function(other)), other)
+        torch.testing.assert_close(gradient, wanted)
+        assert torch.equal(gradient[3], torch.zeros(4, 6, 6))
+
+
+def test_a_list_is_its_layers():
+    xs = [torch.randn(4, c, *rest).requires_grad_() for c, *rest in ((3, 5, 5), (16, 8, 8), (7,), (2, 3, 2, 4), (65, 1))]
+    xs[1].data = xs[1].data.contiguous(memory_format=torch.channels_last)
+    mean, var = ops.instance_statistics_list(xs)
+    single = [ops.instance_statistics(x) for x in xs]
+    for actual, parts in zip((mean, var), zip(*single, strict=True), strict=True):
+        assert torch.equal(actual, torch.cat(parts, 1))
+    weight = torch.randn(2, *mean.shape)
+    for keep in ((mean, var), (mean,), (var,)):
+        loss = sum((w * t).sum() for w, t in zip(weight, keep, strict=False))
+        grads = torch.autograd.grad(loss, xs, retain_graph=True)
+        parts = [torch.cat(p, 1) for p in zip(*single, strict=True)]
+        chosen = parts if len(keep) == 2 else parts[:1] if keep[0] is mean else parts[1:]
+        same = sum((w * t).sum() for w, t in zip(weight, chosen, strict=False))
+        for grad, wanted in zip(grads, torch.autograd.grad(same, xs, retain_graph=True), strict=True):
+            assert torch.equal(grad, wanted)
+    double = [x.detach().double().requires_grad_() for x in xs]
+    assert gradcheck(lambda *t: ops.instance_statistics_list(t), double)
+
+
 def hard_data():
     noise = torch.randn(32, 3, 28, 28, dtype=torch.float64)
     outlier = noise.clone()
@@ -205,12 +283,15 @@ def bn_arguments(channels, dtype, requires_grad=False):
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 5), (3, 2, 3, 4), (2, 2, 2, 2, 3)])
 def test_gradients_are_the_true_derivatives(shape):
     labels, mask = torch.tensor([2, 0, 2])[: shape[0]], torch.tensor([True, True, False])[: shape[0]]
+    weights = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)[: shape[0]]
     weight, bias, *rest = bn_arguments(shape[1], torch.float64, requires_grad=True)
     for x in all_layouts(torch.randn(shape, dtype=torch.float64)).values():
         x = x.detach().requires_grad_()
         assert gradcheck(ops.instance_statistics, x)
         assert gradcheck(lambda x: ops.batch_norm_statistics(x, correction=1), x)
+        assert gradcheck(lambda x: ops.batch_norm_statistics(x, correction=1, weights=weights), x)
         assert gradcheck(lambda x: ops.class_statistics(x, labels, 4)[1:], x)
+        assert gradcheck(lambda x: ops.class_statistics(x, labels, 4, weights=weights)[1:], x)
         assert gradcheck(lambda x: ops.class_statistics(x, labels, 4, mask=mask)[1:], x)
         for function in (ops.batch_norm_with_statistics, ops.batch_norm_with_instance_statistics):
             assert gradcheck(lambda x, w, b, f=function: f(x, w, b, *rest), (x, weight, bias))
@@ -301,7 +382,7 @@ def test_the_backward_costs_only_what_is_asked_for():
     run = ops.batch_norm_with_instance_statistics
     y, mean, var = run(x, weight, bias, *rest)
     assert backward_calls([y, mean, var], [x]) == ["batch_norm_statistics_backward"]
-    assert backward_calls([run(x, weight, bias, *rest)[0]], [x]) == ["statistics_backward"]
+    assert backward_calls([run(x, weight, bias, *rest)[0]], [x]) == ["batch_norm_statistics_backward"]
     assert backward_calls(run(x, weight, bias, *rest)[1:], [x]) == ["statistics_backward"]
     weight.requires_grad_()
     y, mean, var = run(x.detach(), weight, bias, *rest)
@@ -347,6 +428,12 @@ def test_bad_arguments_are_named():
         (TypeError, "labels has dtype", lambda: ops.class_statistics(x, labels.int(), 2)),
         (ValueError, "num_classes is 0", lambda: ops.class_statistics(x, labels, 0)),
         (TypeError, "mask has dtype", lambda: ops.class_statistics(x, labels, 2, mask=labels)),
+        (TypeError, "weights has dtype", lambda: ops.batch_norm_statistics(x, weights=labels)),
+        (ValueError, "weights has shape", lambda: ops.batch_norm_statistics(x, weights=vector)),
+        (ValueError, "xs is empty", lambda: ops.instance_statistics_list([])),
+        (ValueError, "xs is empty or a single", lambda: ops.instance_statistics_list(x)),
+        (ValueError, r"xs\[1\] is torch.float32 \(2,", lambda: ops.instance_statistics_list([x, x[:2]])),
+        (ValueError, r"xs\[1\] is torch.float64", lambda: ops.instance_statistics_list([x, x.double()])),
         (
             ValueError,
             "weight has shape",

@@ -18,18 +18,21 @@ def op_arguments(x):
     n, c = x.shape[:2]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = [torch.rand(n, c, dtype=dtype) - 0.5 for _ in range(3)]
-    channel = [torch.rand(c, dtype=dtype) - 0.5 for _ in range(3)]
-    labels, mask = torch.arange(n) % 3, torch.arange(n) % 2 == 0
+    weight, bias, mean = [torch.rand(c, dtype=dtype) - 0.5 for _ in range(3)]
+    var = torch.rand(c, dtype=dtype) + 0.1
+    labels, weights = torch.arange(n) % 3, torch.arange(n).to(dtype) % 3
     grad = (torch.rand(x.shape) - 0.5).to(x.dtype)
     return {
         "instance_statistics": (x,),
-        "batch_norm_statistics": (x, 0),
-        "class_statistics": (x, labels, 4, mask),
-        "batch_norm_instance_statistics": (x, *channel),
-        "batch_norm_batch_statistics": (x, *channel),
-        "statistics_backward": (x, *rows),
-        "batch_norm_statistics_backward": (grad, x, channel[0], channel[1][None], rows[0], rows[1]),
-        "batch_norm_parameter_backward": (grad, x, channel[0], channel[1]),
+        "instance_statistics_list": ([x, x],),
+        "batch_norm_statistics": (x, 0, None),
+        "class_statistics": (x, labels, 4, weights),
+        "batch_norm_instance_statistics": (x, weight, bias, mean, var, 1e-5),
+        "batch_norm_batch_statistics": (x, weight, bias, mean, var, 1e-5),
+        "statistics_backward": (x, *rows, 0.5, 0.25),
+        "statistics_backward_list": ([x, x], *(torch.cat([t, t], 1) for t in rows)),
+        "batch_norm_statistics_backward": (grad, x, weight, var, 1e-5, mean[None], rows[0], rows[1], 0.5, 0.25),
+        "batch_norm_parameter_backward": (grad, x, mean, var, 1e-5),
     }
 
 
@@ -39,7 +42,7 @@ def results(x):
     flat = []
     for name, arguments in op_arguments(x).items():
         out = getattr(OPS, name)(*arguments)
-        flat += out if isinstance(out, tuple) else [out]
+        flat += out if isinstance(out, (tuple, list)) else [out]
     return flat
 
 

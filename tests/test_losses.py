@@ -5,16 +5,8 @@ import math
 import pytest
 import torch
 
-from clusterq.synthesis.losses import (
-    bns_loss,
-    channel_weights,
-    class_alignment_loss,
-    class_slots,
-    class_statistics,
-    diversity_loss,
-    diversity_targets,
-    to_spread,
-)
+from clusterq.ops import AlignmentTargets, ClassTargets
+from clusterq.synthesis.losses import class_slots, diversity_targets, to_spread
 
 CHANNELS = (3, 5)
 NUM_CLASSES = 4
@@ -42,6 +34,26 @@ def remembered(seed=1):
     random = torch.Generator().manual_seed(seed)
     total = sum(CHANNELS)
     return torch.randn(total, generator=random), torch.rand(total, generator=random) + 0.2
+
+
+def aligned(statistics, labels, *terms, running=None, mask=None, reduction="sum", spread="std", channels=CHANNELS):
+    """The op on instance statistics (mean, var): the batch term, of weight 0 without `running`, and one class term of
+    weight 1 for each (mean, spread) in `terms`."""
+    width = sum(channels)
+    targets = AlignmentTargets(
+        channels,
+        *(running or (torch.zeros(width), torch.ones(width))),
+        reduction=reduction,
+        class_reduction=reduction,
+        spread=spread,
+        weight=0.0 if running is None else 1.0,
+        first=0,
+    )
+    classes = None
+    if terms:
+        goals = (torch.stack(part) for part in zip(*terms, strict=True))
+        classes = ClassTargets(labels, *goals, (1.0,) * len(terms), mask=mask, average=reduction == "mean")
+    return targets(*statistics, classes)
 
 
 def spread_of(values, spread):
@@ -89,8 +101,9 @@ def expected_class(maps, labels, mask, target_mean, target_spread, reduction, sp
 def test_bns_loss_follows_equation_9(reduction, spread):
     maps, _ = feature_maps()
     running_mean, running_var = remembered()
-    weight = channel_weights(CHANNELS, reduction)
-    loss = bns_loss(*per_image(maps), running_mean, running_var, weight=weight, spread=spread)
+    result = aligned(per_image(maps), None, running=(running_mean, running_var), reduction=reduction, spread=spread)
+    loss = result.batch
+    assert torch.equal(loss, result.total)
     torch.testing.assert_close(
         loss.double(), expected_bns(maps, running_mean, running_var, reduction, spread), rtol=1e-5, atol=1e-6
     )
@@ -105,10 +118,8 @@ def test_class_alignment_follows_equation_4(reduction, spread, masked):
     random = torch.Generator().manual_seed(2)
     target_mean = torch.randn(NUM_CLASSES, sum(CHANNELS), generator=random)
     target_spread = torch.rand(NUM_CLASSES, sum(CHANNELS), generator=random)
-    statistics = class_statistics(*per_image(maps), labels, NUM_CLASSES, mask=mask if masked else None, spread=spread)
-    loss = class_alignment_loss(
-        statistics, target_mean, target_spread, weight=channel_weights(CHANNELS, reduction), reduction=reduction
-    )
+    goal, chosen = (target_mean, target_spread), mask if masked else None
+    loss = aligned(per_image(maps), labels, goal, mask=chosen, reduction=reduction, spread=spread).total
     expected = expected_class(maps, labels, mask, target_mean, target_spread, reduction, spread)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -129,11 +140,7 @@ def test_gradients_match_the_loops():
     loss.backward()
 
     ours = [x.clone().requires_grad_() for x in maps]
-    mean, var = per_image(ours)
-    statistics = class_statistics(mean, var, labels, NUM_CLASSES)
-    total = bns_loss(mean, var, running_mean, running_var)
-    total = total + class_alignment_loss(statistics, *target) + diversity_loss(statistics, *noisy)
-    total.backward()
+    aligned(per_image(ours), labels, target, noisy, running=(running_mean, running_var)).total.backward()
     for a, b in zip(ours, exact, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
@@ -143,8 +150,8 @@ def test_images_outside_the_mask_get_no_class_gradient():
     ours = [x.clone().requires_grad_() for x in maps]
     mask = torch.ones(len(labels), dtype=torch.bool)
     mask[[1, 4]] = False
-    statistics = class_statistics(*per_image(ours), labels, NUM_CLASSES, mask=mask)
-    class_alignment_loss(statistics, torch.zeros(NUM_CLASSES, 8), torch.zeros(NUM_CLASSES, 8)).backward()
+    zero = torch.zeros(NUM_CLASSES, 8)
+    aligned(per_image(ours), labels, (zero, zero), mask=mask).total.backward()
     for x in ours:
         norms = x.grad.flatten(1).norm(dim=1)
         assert (norms[~mask] == 0).all()
@@ -154,10 +161,8 @@ def test_images_outside_the_mask_get_no_class_gradient():
 def test_empty_batch_of_valid_samples_costs_nothing():
     maps, labels = feature_maps()
     ours = [x.clone().requires_grad_() for x in maps]
-    statistics = class_statistics(
-        *per_image(ours), labels, NUM_CLASSES, mask=torch.zeros(len(labels), dtype=torch.bool)
-    )
-    loss = class_alignment_loss(statistics, torch.ones(NUM_CLASSES, 8), torch.ones(NUM_CLASSES, 8), reduction="mean")
+    one, mask = torch.ones(NUM_CLASSES, 8), torch.zeros(len(labels), dtype=torch.bool)
+    loss = aligned(per_image(ours), labels, (one, one), mask=mask, reduction="mean").total
     loss.backward()
     assert loss.item() == 0
     assert all((x.grad == 0).all() for x in ours)
@@ -171,15 +176,13 @@ def test_diversity_gradient_is_alignment_gradient_plus_noise():
     centroid_mean = torch.randn(NUM_CLASSES, sum(CHANNELS), generator=random)
     centroid_spread = torch.rand(NUM_CLASSES, sum(CHANNELS), generator=random)
     mean, var = (part.requires_grad_() for part in per_image(maps))
-    statistics = class_statistics(mean, var, labels, NUM_CLASSES)
-    alignment = torch.autograd.grad(
-        class_alignment_loss(statistics, centroid_mean, centroid_spread), mean, retain_graph=True
-    )[0]
+    total = aligned((mean, var), labels, (centroid_mean, centroid_spread)).total
+    (alignment,) = torch.autograd.grad(total, mean)
     gradients = []
     for _ in range(400):
         targets = diversity_targets(centroid_mean, centroid_spread, 0.5, 1.0, random)
         assert not any(t.requires_grad for t in targets)
-        gradients.append(torch.autograd.grad(diversity_loss(statistics, *targets), mean, retain_graph=True)[0])
+        gradients.append(torch.autograd.grad(aligned((mean, var), labels, targets).total, mean)[0])
     draws = torch.stack(gradients)
     assert draws.abs().max() > 0
     # The gradient is linear in the target, so the error of the mean is Gaussian: 5 standard errors.
@@ -201,9 +204,9 @@ def test_diversity_targets_have_the_asked_deviation():
 def test_constant_channels_give_finite_values_and_gradients():
     x = torch.ones(4, 3, 2, 2, requires_grad=True)
     mean, var = x.mean((2, 3)), x.var((2, 3), correction=0)
-    statistics = class_statistics(mean, var, torch.tensor([0, 0, 1, 1]), 2)
-    loss = bns_loss(mean, var, torch.zeros(3), torch.zeros(3))
-    loss = loss + class_alignment_loss(statistics, torch.zeros(2, 3), torch.zeros(2, 3))
+    zero = torch.zeros(2, 3)
+    labels = torch.tensor([0, 0, 1, 1])
+    loss = aligned((mean, var), labels, (zero, zero), running=(zero[0], zero[0]), channels=(3,)).total
     loss.backward()
     assert loss.isfinite() and x.grad.isfinite().all()
     assert to_spread(torch.zeros(3), "std").max() <= 1e-5
@@ -220,12 +223,9 @@ def test_class_slots_number_the_classes_that_are_present():
 
 def test_compact_and_dense_class_numbers_give_the_same_loss():
     maps, labels = feature_maps()
-    mean, var = per_image(maps)
-    random = torch.Generator().manual_seed(6)
-    target = torch.rand(50, sum(CHANNELS), generator=random)
-    dense = class_statistics(mean, var, labels, NUM_CLASSES)
-    wide = class_statistics(mean, var, labels, 50)  # 50 classes in 10 slots
-    assert wide.mean.shape[0] == len(labels)
-    a = class_alignment_loss(dense, target[:NUM_CLASSES], target[:NUM_CLASSES])
-    b = class_alignment_loss(wide, target[wide.classes.clamp(min=0)], target[wide.classes.clamp(min=0)])
-    torch.testing.assert_close(a, b)
+    target = torch.rand(50, sum(CHANNELS), generator=torch.Generator().manual_seed(6))
+    dense = aligned(per_image(maps), labels, (target[:NUM_CLASSES], target[:NUM_CLASSES])).total
+    slot, classes = class_slots(labels, 50)  # 50 classes in 10 slots
+    assert len(classes) == len(labels)
+    rows = target[classes.clamp(min=0)]
+    torch.testing.assert_close(dense, aligned(per_image(maps), slot, (rows, rows)).total)

@@ -61,6 +61,10 @@ def classes(n: int) -> Arguments:
     return {"labels": torch.arange(n) % 3, "num_classes": 3, "mask": torch.arange(n) != 1}
 
 
+def shares(n: int, dtype: torch.dtype) -> Arguments:
+    return {"mask": torch.arange(n) != 1, "weights": positive((n,), dtype, 7)}
+
+
 # All arguments of every public function, for a size n.
 FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
     "fake_quantize": lambda n, dtype: (
@@ -131,8 +135,9 @@ FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
         "candidates": 5,
     },
     "instance_statistics": lambda n, dtype: {"x": images(n, dtype)},
-    "batch_norm_statistics": lambda n, dtype: {"x": images(n, dtype), "correction": 1},
-    "class_statistics": lambda n, dtype: {"x": images(n, dtype)} | classes(n),
+    "instance_statistics_list": lambda n, dtype: {"xs": [images(n, dtype), values((n, 11), dtype)]},
+    "batch_norm_statistics": lambda n, dtype: {"x": images(n, dtype), "correction": 1} | shares(n, dtype),
+    "class_statistics": lambda n, dtype: {"x": images(n, dtype)} | classes(n) | shares(n, dtype),
     "batch_norm_with_statistics": batch_norm,
     "batch_norm_with_instance_statistics": batch_norm,
     "merge_instance_statistics": lambda n, dtype: instances(n, dtype) | {"spatial": n + 2, "correction": 1},
@@ -150,6 +155,7 @@ STRAIGHT_THROUGH = {
 }
 TRUE_DERIVATIVE = {
     "instance_statistics": ("x",),
+    "instance_statistics_list": ("xs",),
     "batch_norm_statistics": ("x",),
     "class_statistics": ("x",),
     "batch_norm_with_statistics": ("x", "weight", "bias"),
@@ -173,7 +179,9 @@ LEAVES = STRAIGHT_THROUGH | TRUE_DERIVATIVE
 
 
 def test_every_public_function_is_here_with_every_argument() -> None:
-    public = set(ops.__all__) - {"Backend", "backends"}
+    # The alignment loss takes layers; test_alignment compiles it, checks its derivative and its arguments.
+    apart = {"Backend", "backends", "Alignment", "AlignmentTargets", "ClassTargets", "alignment_loss"}
+    public = set(ops.__all__) - apart
     assert public == set(FUNCTIONS) == LEAVES.keys() | NO_GRADIENT
     for name, make in FUNCTIONS.items():
         assert set(inspect.signature(getattr(ops, name)).parameters) == set(make(2, torch.float32)), name
@@ -248,10 +256,12 @@ def test_gradient_is_the_true_derivative(name: str) -> None:
     leaves = TRUE_DERIVATIVE[name]
 
     def function(*moved: Tensor) -> list[Tensor]:
-        outputs = getattr(ops, name)(**{**arguments, **dict(zip(leaves, moved, strict=True))})
+        # One argument may be a list of leaves.
+        given = [list(moved)] if isinstance(arguments[leaves[0]], list) else moved
+        outputs = getattr(ops, name)(**{**arguments, **dict(zip(leaves, given, strict=True))})
         return [t for t in outputs if t.is_floating_point()]
 
-    assert torch.autograd.gradcheck(function, [arguments[leaf].requires_grad_() for leaf in leaves])
+    assert torch.autograd.gradcheck(function, [t.requires_grad_() for leaf in leaves for t in tensors(arguments[leaf])])
 
 
 def unusable(value: Any, optional: bool) -> Iterator[Any]:

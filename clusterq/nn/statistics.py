@@ -6,7 +6,7 @@ same parameters, same `state_dict` keys. Outside `StatisticsRecorder.record()` t
     recorder = replace_batch_norm(teacher.eval())
     with recorder.record() as layers:
         logits = teacher(images)
-    loss = sum(((layer.batch()[0] - layer.module.running_mean) ** 2).sum() for layer in layers)
+    loss = F.cross_entropy(logits, labels) + alignment_loss(layers).total
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ class LayerStatistics(NamedTuple):
     mean: Tensor
     var: Tensor
     spatial: int
+
+    @property
+    def running_mean(self) -> Tensor:
+        """[C] of the module."""
+        assert self.module.running_mean is not None
+        return self.module.running_mean
+
+    @property
+    def running_var(self) -> Tensor:
+        """[C] of the module."""
+        assert self.module.running_var is not None
+        return self.module.running_var
 
     def batch(self, correction: int = 0) -> tuple[Tensor, Tensor]:
         """Batch statistics, mean [C] and var [C]: `merge_instance_statistics`."""

@@ -4,12 +4,14 @@ Every op runs on any device through its PyTorch reference; `backends()` shows wh
 """
 
 from clusterq.ops._library import Backend, backends, load_backends
+from clusterq.ops.alignment import Alignment, AlignmentTargets, ClassTargets, alignment_loss
 from clusterq.ops.bn_stats import (
     batch_norm_statistics,
     batch_norm_with_instance_statistics,
     batch_norm_with_statistics,
     class_statistics,
     instance_statistics,
+    instance_statistics_list,
     merge_class_statistics,
     merge_instance_statistics,
 )
@@ -27,7 +29,11 @@ from clusterq.ops.packing import pack_codes, unpack_codes
 load_backends()
 
 __all__ = [
+    "Alignment",
+    "AlignmentTargets",
     "Backend",
+    "ClassTargets",
+    "alignment_loss",
     "assign_and_update_",
     "backends",
     "batch_norm_statistics",
@@ -40,6 +46,7 @@ __all__ = [
     "fake_quantize_weights",
     "finite_range",
     "instance_statistics",
+    "instance_statistics_list",
     "merge_class_statistics",
     "merge_instance_statistics",
     "mse_range",

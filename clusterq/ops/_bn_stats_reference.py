@@ -1,4 +1,5 @@
-"""Statistics of BatchNorm inputs in plain PyTorch: default kernels of the ops in `bn_stats.py`, yardstick of the rest.
+"""Statistics of BatchNorm inputs in plain PyTorch: default kernels of the ops in `_bn_stats_ops.py`, yardstick of the
+rest.
 
 Formulas and layouts: `bn_stats.py`. Results do not depend on the number of threads.
 """
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clusterq.ops._checks import check_shape, compute_dtype, ordered_sum, several_outputs
-from clusterq.ops.merge_statistics import membership
+from clusterq.ops.merge_statistics import membership, reciprocal
 
 # Largest [N, classes, C] intermediate of the segment sum, in elements.
 _SEGMENT_CHUNK = 1 << 22
@@ -20,6 +21,11 @@ _SEGMENT_CHUNK = 1 << 22
 def empty_output(x: Tensor) -> Tensor:
     dense = x.is_contiguous() or (x.dim() > 2 and x.movedim(1, -1).is_contiguous())
     return torch.empty_like(x) if dense else x.new_empty(x.shape)
+
+
+def empty_pair(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
@@ -52,8 +58,23 @@ def instance_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return _moments(x, list(range(2, x.dim())), 0)
 
 
-def batch_norm_statistics(x: Tensor, correction: int) -> tuple[Tensor, Tensor]:
-    return _moments(x, [0, *range(2, x.dim())], correction)
+def instance_statistics_list(xs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    mean, var = zip(*map(instance_statistics, xs), strict=True)
+    return torch.cat(mean, 1), torch.cat(var, 1)
+
+
+def batch_norm_statistics(x: Tensor, correction: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    if weights is None:
+        return _moments(x, [0, *range(2, x.dim())], correction)
+    dtype, spatial = compute_dtype(x.dtype), math.prod(x.shape[2:])
+    # In float64 until the end: an instance mean rounded to float32 may be off by more than the spread.
+    mean, var = instance_statistics(x.double())
+    share, total = weights.double()[:, None], ordered_sum(weights.double(), [0])
+    inside = share != 0
+    center = ordered_sum(torch.where(inside, share * mean, 0), [0]) / total
+    squares = ordered_sum(torch.where(inside, share * (var + (mean - center).square()), 0), [0]) * spatial
+    values = spatial * total - correction
+    return center.to(dtype), torch.where(values > 0, squares / values, math.nan).to(dtype)
 
 
 def _segment_sum(values: Tensor, member: Tensor) -> Tensor:
@@ -68,57 +89,113 @@ def _segment_sum(values: Tensor, member: Tensor) -> Tensor:
     )
 
 
-def class_statistics(x: Tensor, labels: Tensor, num_classes: int, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    member = membership(labels, num_classes, mask)
+def class_statistics(
+    x: Tensor, labels: Tensor, num_classes: int, weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    member = membership(labels, num_classes, None if weights is None else weights != 0)
     count = member.sum(0)
-    # In float64 until the end: an instance mean rounded to float32 may be off by more than the spread.
+    share = torch.ones_like(labels, dtype=torch.float64) if weights is None else weights.double()
+    total = ordered_sum(torch.where(member, share[:, None], 0), [0])
+    divisor = torch.where(count > 0, total, 1)[:, None]
     mean, var = instance_statistics(x.double())
-    divisor = count.clamp(min=1)[:, None]
-    class_mean = _segment_sum(mean, member) / divisor
+    class_mean = _segment_sum(share[:, None] * mean, member) / divisor
     offset = mean - class_mean[labels.clamp(0, num_classes - 1)]
-    class_var = _segment_sum(var + offset * offset, member) / divisor
-    return count, class_mean.to(compute_dtype(x.dtype)), class_var.to(compute_dtype(x.dtype))
+    class_var = _segment_sum(share[:, None] * (var + offset * offset), member) / divisor
+    return count, total.to(dtype), class_mean.to(dtype), class_var.to(dtype)
 
 
-def batch_norm(x: Tensor, center: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    wide = x.to(compute_dtype(x.dtype))
-    return _like((wide - _per_channel(center, x)) * _per_channel(scale, x) + _per_channel(shift, x), x)
+def _inv_std(running_var: Tensor, eps: float) -> Tensor:
+    return 1 / torch.sqrt(running_var + eps)
+
+
+def _scale(weight: Tensor | None, running_var: Tensor, eps: float) -> Tensor:
+    inverse = _inv_std(running_var, eps)
+    return inverse if weight is None else weight * inverse
+
+
+def batch_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+) -> Tensor:
+    wide = x.to(compute_dtype(x.dtype)) - _per_channel(running_mean, x)
+    y = wide * _per_channel(_scale(weight, running_var, eps), x)
+    return _like(y if bias is None else y + _per_channel(bias, x), x)
 
 
 def batch_norm_instance_statistics(
-    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_norm(x, center, scale, shift), *instance_statistics(x)
+    return batch_norm(x, weight, bias, running_mean, running_var, eps), *instance_statistics(x)
 
 
 def batch_norm_batch_statistics(
-    x: Tensor, center: Tensor, scale: Tensor, shift: Tensor
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return batch_norm(x, center, scale, shift), *batch_norm_statistics(x, 0)
+    return batch_norm(x, weight, bias, running_mean, running_var, eps), *batch_norm_statistics(x, 0, None)
 
 
-def statistics_backward(x: Tensor, center: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _own_gradient(
+    x: Tensor,
+    center: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    mean_factor: float,
+    var_factor: float,
+) -> Tensor:
+    """`a * (x - center) + b`, where a is 0 without a look at x."""
     wide = x.to(compute_dtype(x.dtype))
-    return _like(_per_channel(a, x) * (wide - _per_channel(center, x)) + _per_channel(b, x), x)
+    own = torch.zeros_like(wide)
+    if grad_var is not None:
+        a = _per_channel(grad_var * var_factor, x)
+        own = torch.where(a == 0, 0, a * (wide - _per_channel(center, x)))
+    return own if grad_mean is None else own + _per_channel(grad_mean * mean_factor, x)
+
+
+def statistics_backward(
+    x: Tensor,
+    center: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    mean_factor: float,
+    var_factor: float,
+) -> Tensor:
+    return _like(_own_gradient(x, center, grad_mean, grad_var, mean_factor, var_factor), x)
+
+
+def statistics_backward_list(
+    xs: list[Tensor], center: Tensor, grad_mean: Tensor | None, grad_var: Tensor | None
+) -> list[Tensor]:
+    results, start = [], 0
+    for x in xs:
+        end, factor = start + x.shape[1], reciprocal(math.prod(x.shape[2:]))
+        own = (None if t is None else t[:, start:end] for t in (center, grad_mean, grad_var))
+        results.append(statistics_backward(x, *own, factor, 2 * factor))  # type: ignore[arg-type]
+        start = end
+    return results
 
 
 def batch_norm_statistics_backward(
-    grad: Tensor, x: Tensor, scale: Tensor, center: Tensor, a: Tensor, b: Tensor
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_var: Tensor,
+    eps: float,
+    center: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    mean_factor: float,
+    var_factor: float,
 ) -> Tensor:
     check_shape("grad", grad, x.shape)
-    wide, incoming = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
-    own = _per_channel(a, x) * (wide - _per_channel(center, x)) + _per_channel(b, x)
-    return _like(incoming * _per_channel(scale, x) + own, x)
+    own = _own_gradient(x, center, grad_mean, grad_var, mean_factor, var_factor)
+    return _like(grad.to(own.dtype) * _per_channel(_scale(weight, running_var, eps), x) + own, x)
 
 
-def batch_norm_parameter_backward(grad: Tensor, x: Tensor, center: Tensor, inv_std: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_parameter_backward(
+    grad: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     check_shape("grad", grad, x.shape)
     dims = [0, *range(2, x.dim())]
     wide, incoming = x.to(compute_dtype(x.dtype)), grad.to(compute_dtype(x.dtype))
-    dweight = ordered_sum(incoming * (wide - _per_channel(center, x)), dims) * inv_std
+    dweight = ordered_sum(incoming * (wide - _per_channel(running_mean, x)), dims) * _inv_std(running_var, eps)
     return dweight, ordered_sum(incoming, dims)
-
-
-def empty_pair(x: Tensor, *shape: int) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x.dtype)
-    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)

@@ -7,7 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from clusterq.ops._checks import FLOATING, check_device, check_integer, check_shape, check_tensor, ordered_sum
+from clusterq.ops._checks import (
+    FLOATING,
+    check_device,
+    check_integer,
+    check_shape,
+    check_tensor,
+    compute_dtype,
+    ordered_sum,
+)
 
 
 def reciprocal(count: int) -> float:
@@ -25,6 +33,18 @@ def check_labels(labels: Tensor, num_classes: int, mask: Tensor | None, images: 
     check_integer("num_classes", num_classes, 1)
     if mask is not None:
         check_vector("mask", mask, images, device, (torch.bool,))
+
+
+def image_weights(mask: Tensor | None, weights: Tensor | None, x: Tensor) -> Tensor | None:
+    """[N] weights in the statistics' dtype from a mask and weights, checked; None where neither is given."""
+    dtype = compute_dtype(x.dtype)
+    if weights is not None:
+        check_vector("weights", weights, x.shape[0], x.device, FLOATING)
+        weights = weights.detach().to(dtype)
+    if mask is None:
+        return weights
+    check_vector("mask", mask, x.shape[0], x.device, (torch.bool,))
+    return mask.to(dtype) if weights is None else torch.where(mask, weights, 0)
 
 
 def _check_instances(mean: Tensor, var: Tensor) -> None:

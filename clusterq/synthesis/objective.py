@@ -11,18 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clusterq.config import SynthesisConfig
+from clusterq.ops import Alignment, AlignmentTargets, ClassTargets
 from clusterq.synthesis.centroid_bank import CentroidBank
-from clusterq.synthesis.losses import (
-    ClassStatistics,
-    bns_loss,
-    channel_weights,
-    class_alignment_loss,
-    class_statistics,
-    correct_mask,
-    diversity_loss,
-    diversity_targets,
-    to_spread,
-)
+from clusterq.synthesis.losses import ClassStatistics, class_slots, correct_mask, diversity_targets, to_spread
 from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
 
 
@@ -61,16 +52,24 @@ class SynthesisObjective:
         device = teacher.device
         self.first_layer = semantic_start(teacher.num_layers, config.semantic_start)
         self._offset = sum(teacher.channels[: self.first_layer])
-        self._weight = channel_weights(teacher.channels, config.bns_reduction, device=device)
+        self._targets = AlignmentTargets(
+            teacher.channels,
+            teacher.running_mean,
+            teacher.running_var,
+            reduction=config.bns_reduction,
+            spread=config.spread,
+            weight=config.bns_weight,
+            first=self.first_layer,
+            class_reduction=config.class_reduction,
+        )
         semantic = teacher.channels[self.first_layer :]
-        self._class_weight = channel_weights(semantic, config.class_reduction, device=device)
         running_mean, running_var = teacher.running_mean[self._offset :], teacher.running_var[self._offset :]
         running_spread = to_spread(running_var, config.spread)
         self._noise_scale: Tensor | float = to_spread(running_var, "std") if config.noise_relative else 1.0
         # Coordinates of `nearest`: units of each channel's own deviation, every layer with the same total weight.
-        norm = torch.sqrt(
-            channel_weights(semantic, "mean", device=device) / (running_var + teacher.eps[self._offset :])
-        )
+        width = torch.tensor(semantic)
+        share = (1 / (len(semantic) * width)).repeat_interleave(width).to(device)
+        norm = torch.sqrt(share / (running_var + teacher.eps[self._offset :]))
         self._center = torch.cat([running_mean, running_spread])
         self._scale = torch.cat([norm, norm])
         self._noise = torch.Generator(device).manual_seed(seed)
@@ -88,35 +87,15 @@ class SynthesisObjective:
         with self.autocast():
             output = self.teacher(images)
         ce = F.cross_entropy(output.logits.float(), labels)
-        bns = bns_loss(
-            output.mean,
-            output.var,
-            self.teacher.running_mean,
-            self.teacher.running_var,
-            weight=self._weight,
-            spread=config.spread,
-        )
         correct = correct_mask(output.logits, labels)
-        total = config.ce_weight * ce + config.bns_weight * bns
-        terms = {"ce": ce, "bns": bns}
         statistics = None
         if use_classes and self.bank is not None:
-            statistics = self._class_statistics(output, labels, correct)
-            centroid_mean, centroid_spread, exists = self.bank.lookup(statistics.classes)
-            # A class seen for the first time has no centroid to compare with, only one to start.
-            known = statistics._replace(samples=torch.where(exists, statistics.samples, 0))
-            reduction, weight = config.class_reduction, self._class_weight
-            alignment = class_alignment_loss(known, centroid_mean, centroid_spread, weight=weight, reduction=reduction)
-            targets = diversity_targets(
-                centroid_mean,
-                centroid_spread,
-                config.noise_mean * self._noise_scale,
-                config.noise_spread * self._noise_scale,
-                self._noise,
-            )
-            diversity = diversity_loss(known, *targets, weight=weight, reduction=reduction)
-            total = total + config.alignment_weight * alignment + config.diversity_weight * diversity
-            terms |= {"alignment": alignment, "diversity": diversity}
+            result, statistics = self._class_alignment(self.bank, output, labels, correct)
+        else:
+            result = self._targets(output.mean, output.var)
+        total = config.ce_weight * ce + result.total
+        terms = {"ce": ce, "bns": result.batch}
+        terms |= dict(zip(("alignment", "diversity"), result.classes.unbind(0), strict=False))
         detached = {name: value.detach() for name, value in terms.items()}
         detached["label_accuracy"] = correct.float().mean()
         return LossTerms(total, detached, statistics)
@@ -142,14 +121,41 @@ class SynthesisObjective:
         mean, var, labels, correct = (torch.cat(part) for part in zip(*rows, strict=True))
         self.bank.initialise_(mean, var, labels, correct, spread=self.config.spread)
 
-    def _class_statistics(self, output: TeacherOutput, labels: Tensor, correct: Tensor) -> ClassStatistics:
-        mean, var = output.mean[:, self._offset :], output.var[:, self._offset :]
-        mask: Tensor | None = None
+    def _class_alignment(
+        self, bank: CentroidBank, output: TeacherOutput, labels: Tensor, correct: Tensor
+    ) -> tuple[Alignment, ClassStatistics]:
+        """All terms on statistics, and those of the classes."""
+        config = self.config
+        slot, classes = class_slots(labels, self.teacher.num_classes)
+        # A class seen for the first time has no centroid to compare with, only one to start.
+        centroid_mean, centroid_spread, exists = bank.lookup(classes)
+        noisy_mean, noisy_spread = diversity_targets(
+            centroid_mean,
+            centroid_spread,
+            config.noise_mean * self._noise_scale,
+            config.noise_spread * self._noise_scale,
+            self._noise,
+        )
+        goals = ClassTargets(
+            slot,
+            torch.stack([centroid_mean, noisy_mean]),
+            torch.stack([centroid_spread, noisy_spread]),
+            (config.alignment_weight, config.diversity_weight),
+            mask=self._class_mask(output, labels, correct),
+            known=exists,
+            average=config.class_reduction == "mean",
+        )
+        result = self._targets(output.mean, output.var, goals)
+        return result, ClassStatistics(classes, result.count, result.class_mean, result.class_spread)
+
+    def _class_mask(self, output: TeacherOutput, labels: Tensor, correct: Tensor) -> Tensor | None:
+        """[N] bool, the images that form the classes; None for all."""
         if self.config.assignment == "teacher":
-            mask = correct
-        elif self.config.assignment == "nearest":
-            mask = self._near_own_centroid(mean, var, labels, correct)
-        return class_statistics(mean, var, labels, self.teacher.num_classes, mask=mask, spread=self.config.spread)
+            return correct
+        if self.config.assignment == "nearest":
+            mean, var = output.mean[:, self._offset :], output.var[:, self._offset :]
+            return self._near_own_centroid(mean, var, labels, correct)
+        return None
 
     def _near_own_centroid(self, mean: Tensor, var: Tensor, labels: Tensor, correct: Tensor) -> Tensor:
         assert self.bank is not None

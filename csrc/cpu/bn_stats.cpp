@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <tuple>
 
 namespace clusterq::bn_stats {
@@ -85,8 +86,7 @@ class Pass {
       if (count <= 0) return;
       kernels_.to_double(data_ + at, count * x_.channels, table_.mean.get() + at, table_.m2.get() + at);
       if (norm_.y != nullptr) {
-        kernels_.row_affine(data_ + at, nullptr, norm_.y + at, count, x_.channels, fold_, norm_.center, norm_.scale,
-                            norm_.bias, nullptr);
+        kernels_.row_scale(data_ + at, norm_.y + at, count, x_.channels, fold_, norm_.center, norm_.scale, norm_.bias);
       }
     });
   }
@@ -170,8 +170,7 @@ class Pass {
 };
 
 // Fills the table of x, and y where asked.
-Table moments(const View& x, int64_t parts, const Tensor* y, const Tensor* center, const Tensor* scale,
-              const Tensor* bias) {
+Table moments(const View& x, int64_t parts, const Tensor* y, const Parameters* parameters) {
   Table table(x, parts);
   if (x.spatial == 0) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -180,12 +179,16 @@ Table moments(const View& x, int64_t parts, const Tensor* y, const Tensor* cente
   } else if (x.numel() > 0) {
     dispatch(x, [&](auto element) {
       using T = decltype(element);
+      using E = Compute<T>;
       Norm<T> norm;
+      std::vector<E> scale, zero;
       if (y != nullptr) {
+        scale = scales<E>(x.channels, parameters->weight, parameters->running_var, parameters->eps);
+        if (!parameters->bias.has_value()) zero.assign(x.channels, E(0));
         norm.y = static_cast<T*>(y->mutable_data_ptr());
-        norm.center = static_cast<const Compute<T>*>(center->const_data_ptr());
-        norm.scale = static_cast<const Compute<T>*>(scale->const_data_ptr());
-        norm.bias = static_cast<const Compute<T>*>(bias->const_data_ptr());
+        norm.center = static_cast<const E*>(parameters->center.const_data_ptr());
+        norm.scale = scale.data();
+        norm.bias = zero.empty() ? static_cast<const E*>(parameters->bias->const_data_ptr()) : zero.data();
       }
       Pass<T>(x, table, norm).run();
     });
@@ -220,6 +223,51 @@ void merge_parts(const View& x, Table& table) {
   }
 }
 
+// Weights of the images, or 1 for each; images of weight 0 are left out of every merge.
+class Weights {
+ public:
+  Weights(const View& x, const std::optional<Tensor>& weights) {
+    if (!weights.has_value()) return;
+    check_dtype(*weights, statistics_dtype(x), "weights");
+    check_sizes(*weights, {x.images}, "weights");
+    const Tensor given = packed(*weights);
+    values_.resize(x.images);
+    for (int64_t n = 0; n < x.images; ++n) {
+      values_[n] = given.scalar_type() == ScalarType::Double ? static_cast<const double*>(given.const_data_ptr())[n]
+                                                             : static_cast<const float*>(given.const_data_ptr())[n];
+    }
+  }
+  double operator[](int64_t n) const { return values_.empty() ? 1.0 : values_[n]; }
+
+ private:
+  std::vector<double> values_;
+};
+
+// Merges the images n of positive weight into `mean` and `m2` [width], from `table` at channel c0 on; returns the sum of
+// the weights. M2 of an image counts as often as the image.
+template <class Images>
+double merge_weighted(const View& x, const Table& table, const Weights& weights, const Images& images, int64_t c0,
+                      int64_t width, double* mean, double* m2) {
+  const int64_t row = table.parts * x.channels;
+  const auto spatial = static_cast<double>(x.spatial);
+  std::vector<double> scaled(width);
+  double total = 0;
+  std::fill_n(mean, width, 0.0);
+  std::fill_n(m2, width, 0.0);
+  for (const int64_t n : images) {
+    const double weight = weights[n];
+    if (weight == 0) continue;
+    const double *m = table.mean.get() + n * row + c0, *q = table.m2.get() + n * row + c0;
+    if (weight != 1) {
+      for (int64_t c = 0; c < width; ++c) scaled[c] = weight * q[c];
+      q = scaled.data();
+    }
+    merge(spatial * total, mean, m2, spatial * weight, m, q, width);
+    total += weight;
+  }
+  return total;
+}
+
 // Merges all images into the first one.
 void merge_images(const View& x, Table& table) {
   const int64_t chunk = 64, chunks = ceil_div(x.channels, chunk);
@@ -244,41 +292,70 @@ void write(const Tensor& out, int64_t at, const double* values, int64_t count, d
   }
 }
 
-std::tuple<Tensor, Tensor> instance_outputs(const View& x, Table& table) {
+// Mean and biased variance of every image into rows of `mean` and `var`, `stride` elements long, from column c0 on.
+void write_instances(const View& x, Table& table, const Tensor& mean, const Tensor& var, int64_t stride, int64_t c0) {
   merge_parts(x, table);
-  Tensor mean = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
-  Tensor var = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
   const int64_t row = table.parts * x.channels, shards = std::min(x.images, kShards);
-  if (x.images * x.channels == 0) return {mean, var};
+  if (x.images * x.channels == 0) return;
   const int64_t per_shard = ceil_div(x.images, shards);
   torch::stable::parallel_for(0, shards, grain(x, shards), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * per_shard; n < std::min(end * per_shard, x.images); ++n) {
-      write(mean, n * x.channels, table.mean.get() + n * row, x.channels, 1);
-      write(var, n * x.channels, table.m2.get() + n * row, x.channels, static_cast<double>(x.spatial));
+      write(mean, n * stride + c0, table.mean.get() + n * row, x.channels, 1);
+      write(var, n * stride + c0, table.m2.get() + n * row, x.channels, static_cast<double>(x.spatial));
     }
   });
+}
+
+std::tuple<Tensor, Tensor> instance_outputs(const View& x, Table& table) {
+  Tensor mean = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  Tensor var = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  write_instances(x, table, mean, var, x.channels, 0);
   return {mean, var};
 }
 
 std::tuple<Tensor, Tensor> instance_statistics(const Tensor& tensor) {
   const View x = view(tensor);
-  Table table = moments(x, instance_parts(x), nullptr, nullptr, nullptr, nullptr);
+  Table table = moments(x, instance_parts(x), nullptr, nullptr);
   return instance_outputs(x, table);
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_instance_statistics(const Tensor& tensor, const Tensor& center,
-                                                                  const Tensor& scale, const Tensor& shift) {
+std::tuple<Tensor, Tensor> instance_statistics_list(std::vector<Tensor> tensors) {
+  CLUSTERQ_CHECK(!tensors.empty(), "xs is empty");
+  std::vector<View> layers;
+  int64_t columns = 0;
+  for (const Tensor& tensor : tensors) {
+    layers.push_back(view(tensor));
+    const View &x = layers.back(), &first = layers.front();
+    CLUSTERQ_CHECK(x.images == first.images && x.tensor.scalar_type() == first.tensor.scalar_type(),
+                   "xs must have one dtype and one number of images");
+    columns += x.channels;
+  }
+  const View& first = layers.front();
+  Tensor mean = torch::stable::new_empty(first.tensor, {first.images, columns}, statistics_dtype(first));
+  Tensor var = torch::stable::new_empty(first.tensor, {first.images, columns}, statistics_dtype(first));
+  int64_t c0 = 0;
+  for (const View& x : layers) {
+    Table table = moments(x, instance_parts(x), nullptr, nullptr);
+    write_instances(x, table, mean, var, columns, c0);
+    c0 += x.channels;
+  }
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_instance_statistics(const Tensor& tensor,
+                                                                  const std::optional<Tensor>& weight,
+                                                                  const std::optional<Tensor>& bias,
+                                                                  const Tensor& running_mean, const Tensor& running_var,
+                                                                  double eps) {
   const View x = view(tensor);
   const Tensor y = empty_like(x);
-  const Tensor m = per_channel(x, center, "center"), s = per_channel(x, scale, "scale"),
-               b = per_channel(x, shift, "shift");
-  Table table = moments(x, instance_parts(x), &y, &m, &s, &b);
+  const Parameters parameters = parameters_of(x, weight, bias, running_mean, running_var, eps);
+  Table table = moments(x, instance_parts(x), &y, &parameters);
   auto [mean, var] = instance_outputs(x, table);
   return {y, mean, var};
 }
 
-std::tuple<Tensor, Tensor> batch_moments(View x, int64_t correction, const Tensor* y, const Tensor* center,
-                                         const Tensor* scale, const Tensor* shift) {
+std::tuple<Tensor, Tensor> batch_moments(View x, int64_t correction, const Tensor* y, const Parameters* parameters) {
   const int64_t channels = x.channels, values = x.images * x.spatial;
   const Tensor mean = torch::stable::new_empty(x.tensor, {channels}, statistics_dtype(x));
   const Tensor var = torch::stable::new_empty(x.tensor, {channels}, statistics_dtype(x));
@@ -296,7 +373,7 @@ std::tuple<Tensor, Tensor> batch_moments(View x, int64_t correction, const Tenso
   }
   std::vector<double> total_mean(channels, std::nan("")), total_m2(channels, 0.0);
   if (values > 0 && channels > 0) {
-    Table table = moments(x, parts, y, center, scale, shift);
+    Table table = moments(x, parts, y, parameters);
     merge_parts(x, table);
     merge_images(x, table);
     for (int64_t c = 0; c < channels; ++c) {
@@ -314,75 +391,76 @@ std::tuple<Tensor, Tensor> batch_moments(View x, int64_t correction, const Tenso
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& tensor, int64_t correction) {
-  return batch_moments(view(tensor), correction, nullptr, nullptr, nullptr, nullptr);
+// From the moments of every image.
+std::tuple<Tensor, Tensor> weighted_statistics(const View& x, int64_t correction, const Weights& weights) {
+  const Tensor mean = torch::stable::new_empty(x.tensor, {x.channels}, statistics_dtype(x));
+  const Tensor var = torch::stable::new_empty(x.tensor, {x.channels}, statistics_dtype(x));
+  Table table = moments(x, instance_parts(x), nullptr, nullptr);
+  merge_parts(x, table);
+  std::vector<int64_t> images(x.images);
+  std::iota(images.begin(), images.end(), int64_t(0));
+  std::vector<double> total_mean(x.channels), total_m2(x.channels);
+  const double total =
+      merge_weighted(x, table, weights, images, 0, x.channels, total_mean.data(), total_m2.data());
+  const double values = total * static_cast<double>(x.spatial), free = values - static_cast<double>(correction);
+  if (!(values > 0)) std::fill(total_mean.begin(), total_mean.end(), std::nan(""));
+  write(mean, 0, total_mean.data(), x.channels, 1);
+  write(var, 0, total_m2.data(), x.channels, free > 0 ? free : std::nan(""));
+  return {mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_batch_statistics(const Tensor& tensor, const Tensor& center,
-                                                               const Tensor& scale, const Tensor& shift) {
+std::tuple<Tensor, Tensor> batch_norm_statistics(const Tensor& tensor, int64_t correction,
+                                                 const std::optional<Tensor>& weights) {
+  const View x = view(tensor);
+  if (weights.has_value()) return weighted_statistics(x, correction, Weights(x, weights));
+  return batch_moments(x, correction, nullptr, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_batch_statistics(const Tensor& tensor,
+                                                               const std::optional<Tensor>& weight,
+                                                               const std::optional<Tensor>& bias,
+                                                               const Tensor& running_mean, const Tensor& running_var,
+                                                               double eps) {
   const View x = view(tensor);
   const Tensor y = empty_like(x);
-  const Tensor m = per_channel(x, center, "center"), s = per_channel(x, scale, "scale"),
-               b = per_channel(x, shift, "shift");
-  auto [mean, var] = batch_moments(x, 0, &y, &m, &s, &b);
+  const Parameters parameters = parameters_of(x, weight, bias, running_mean, running_var, eps);
+  auto [mean, var] = batch_moments(x, 0, &y, &parameters);
   return {y, mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor, const Tensor& labels, int64_t num_classes,
-                                                    const std::optional<Tensor>& mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor, const Tensor& labels,
+                                                            int64_t num_classes,
+                                                            const std::optional<Tensor>& image_weights) {
   const View x = view(tensor);
   check_dtype(labels, ScalarType::Long, "labels");
   check_sizes(labels, {x.images}, "labels");
   const Tensor index = packed(labels);
   const auto* label = static_cast<const int64_t*>(index.const_data_ptr());
-  std::optional<Tensor> kept;
-  if (mask.has_value()) {
-    check_dtype(*mask, ScalarType::Bool, "mask");
-    check_sizes(*mask, {x.images}, "mask");
-    kept = packed(*mask);
-  }
-  const bool* keep = kept.has_value() ? static_cast<const bool*>(kept->const_data_ptr()) : nullptr;
+  const Weights weights(x, image_weights);
 
-  Table table = moments(x, instance_parts(x), nullptr, nullptr, nullptr, nullptr);
+  Table table = moments(x, instance_parts(x), nullptr, nullptr);
   merge_parts(x, table);
-  // Images of each class in their order, after the first `starts[k]` entries of the list.
-  std::vector<int64_t> starts(num_classes + 1, 0), members;
-  const auto inside = [&](int64_t n) {
-    return label[n] >= 0 && label[n] < num_classes && (keep == nullptr || keep[n]);
-  };
+  std::vector<std::vector<int64_t>> members(num_classes);
   for (int64_t n = 0; n < x.images; ++n) {
-    if (inside(n)) ++starts[label[n] + 1];
-  }
-  for (int64_t k = 0; k < num_classes; ++k) starts[k + 1] += starts[k];
-  members.resize(starts[num_classes]);
-  std::vector<int64_t> next(starts.begin(), starts.end() - 1);
-  for (int64_t n = 0; n < x.images; ++n) {
-    if (inside(n)) members[next[label[n]]++] = n;
+    if (label[n] >= 0 && label[n] < num_classes && weights[n] != 0) members[label[n]].push_back(n);
   }
 
   const Tensor count = torch::stable::new_empty(x.tensor, {num_classes}, ScalarType::Long);
+  const Tensor total = torch::stable::new_empty(x.tensor, {num_classes}, statistics_dtype(x));
   const Tensor mean = torch::stable::new_empty(x.tensor, {num_classes, x.channels}, statistics_dtype(x));
   const Tensor var = torch::stable::new_empty(x.tensor, {num_classes, x.channels}, statistics_dtype(x));
-  const int64_t row = table.parts * x.channels;
   auto* counts = static_cast<int64_t*>(count.mutable_data_ptr());
-  const auto spatial = static_cast<double>(x.spatial);
   torch::stable::parallel_for(0, num_classes, grain(x, num_classes), [&](int64_t begin, int64_t end) {
     std::vector<double> m(x.channels), q(x.channels);
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t images = starts[k + 1] - starts[k];
-      counts[k] = images;
-      std::fill(m.begin(), m.end(), 0.0);
-      std::fill(q.begin(), q.end(), 0.0);
-      for (int64_t i = 0; i < images; ++i) {
-        const int64_t from = members[starts[k] + i] * row;
-        merge(spatial * static_cast<double>(i), m.data(), q.data(), spatial, table.mean.get() + from,
-              table.m2.get() + from, x.channels);
-      }
+      counts[k] = static_cast<int64_t>(members[k].size());
+      const double sum = merge_weighted(x, table, weights, members[k], 0, x.channels, m.data(), q.data());
+      write(total, k, &sum, 1, 1);
       write(mean, k * x.channels, m.data(), x.channels, 1);
-      write(var, k * x.channels, q.data(), x.channels, images > 0 ? spatial * static_cast<double>(images) : 1);
+      write(var, k * x.channels, q.data(), x.channels, counts[k] > 0 ? sum * static_cast<double>(x.spatial) : 1);
     }
   });
-  return {count, mean, var};
+  return {count, total, mean, var};
 }
 
 }  // namespace
@@ -391,6 +469,7 @@ std::tuple<Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor, const 
 STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) {
   using namespace clusterq::bn_stats;
   m.impl("instance_statistics", TORCH_BOX(&instance_statistics));
+  m.impl("instance_statistics_list", TORCH_BOX(&instance_statistics_list));
   m.impl("batch_norm_statistics", TORCH_BOX(&batch_norm_statistics));
   m.impl("class_statistics", TORCH_BOX(&class_statistics));
   m.impl("batch_norm_batch_statistics", TORCH_BOX(&batch_norm_batch_statistics));

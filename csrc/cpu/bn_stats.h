@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -31,7 +33,7 @@ struct Kernels {
   // s1[c] = sum(g), s2[c] = sum(g * (x - center)).
   void (*plane_dot)(const T* x, const T* g, int64_t channels, int64_t stride, int64_t length, const E* center, E* s1,
                     E* s2);
-  // out = a * (x - center) + b, plus scale * g where g is given.
+  // out = a * (x - center) + b, plus scale * g where g is given; where a is 0, x does not enter.
   void (*plane_affine)(const T* x, const T* g, T* out, int64_t channels, int64_t length, const E* center, const E* a,
                        const E* b, const E* scale);
   // Rows kernels treat `fold` rows as one of width fold * C, so that few channels still fill the lanes. Per-channel
@@ -42,6 +44,9 @@ struct Kernels {
   void (*row_dot)(const T* x, const T* g, int64_t rows, int64_t channels, int64_t fold, const E* center, E* s1, E* s2);
   void (*row_affine)(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold, const E* center,
                      const E* a, const E* b, const E* scale);
+  // out = a * (x - center) + b, with x even where a is 0.
+  void (*row_scale)(const T* x, T* out, int64_t rows, int64_t channels, int64_t fold, const E* center, const E* a,
+                    const E* b);
   // Means and centered squares of a block from its shifted sums. `suspects` receives the channels whose shift was so
   // far from the mean, or whose sums overflowed, that digits were lost; returns how many.
   int64_t (*finish)(int64_t channels, double count, const E* shift, const E* s1, const E* s2, double* mean, double* m2,
@@ -84,11 +89,43 @@ Tensor empty_like(const View& x);
 // float32, or float64 for float64 x.
 ScalarType statistics_dtype(const View& x);
 
-// A contiguous argument of the statistics' dtype, [C] or [1, C].
+// A contiguous argument of the statistics' dtype, [C].
 Tensor per_channel(const View& x, const Tensor& tensor, const char* name);
 
-// The same, or [N, C].
-Tensor per_image(const View& x, const Tensor& tensor, const char* name);
+// An argument of the statistics' dtype, [N, C] or [1, C]: row n begins `step * n` elements from the first, 0 for the
+// latter. Where rows are not C neighbours, `tensor` is a copy.
+struct Rows {
+  Tensor tensor;
+  int64_t step;
+
+  template <class E>
+  const E* row(int64_t n) const {
+    return static_cast<const E*>(tensor.const_data_ptr()) + n * step;
+  }
+};
+Rows rows_of(const View& x, const Tensor& tensor, const char* name);
+
+// Parameters of eval-mode BatchNorm: y = (x - center) * scale + bias.
+struct Parameters {
+  Tensor center, running_var;
+  std::optional<Tensor> weight, bias;
+  double eps;
+};
+Parameters parameters_of(const View& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         const Tensor& running_mean, const Tensor& running_var, double eps);
+
+// weight / sqrt(running_var + eps), [C].
+template <class E>
+std::vector<E> scales(int64_t channels, const std::optional<Tensor>& weight, const Tensor& running_var, double eps) {
+  const auto* var = static_cast<const E*>(running_var.const_data_ptr());
+  const auto* w = weight.has_value() ? static_cast<const E*>(weight->const_data_ptr()) : nullptr;
+  std::vector<E> result(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    const E inverse = E(1) / std::sqrt(var[c] + static_cast<E>(eps));
+    result[c] = w == nullptr ? inverse : w[c] * inverse;
+  }
+  return result;
+}
 
 // Rows of C channels that are folded into one, so that a row fills four lanes' worth of registers.
 inline int64_t fold(int64_t channels) { return std::max<int64_t>(1, (64 + channels - 1) / channels); }

@@ -193,17 +193,20 @@ void row_dot(const T* x, const T* g, int64_t count, int64_t channels, int64_t fo
   rows<T, Mode::kDot>(x, g, nullptr, count, channels, fold, center, nullptr, nullptr, nullptr, s1, s2);
 }
 
-template <class T>
+// a * (x - center), but 0 where a is 0 (kSelect): x may be anything there.
+template <class T, bool kSelect>
 CLUSTERQ_INLINE void affine_one(const T* x, const T* g, T* out, Compute<T> center, Compute<T> a, Compute<T> b,
                                 Compute<T> scale) {
-  const Compute<T> own = a * (load_one(x) - center) + b;
+  const Compute<T> own = (kSelect && a == 0 ? Compute<T>(0) : a * (load_one(x) - center)) + b;
   store_one(out, g == nullptr ? own : scale * load_one(g) + own);
 }
 
-template <class T>
+template <class T, bool kSelect>
 CLUSTERQ_INLINE void affine(const T* x, const T* g, T* out, const Vec<Compute<T>>& center, const Vec<Compute<T>>& a,
                             const Vec<Compute<T>>& b, const Vec<Compute<T>>& scale) {
-  const Vec<Compute<T>> own = add(mul(a, sub(load(x), center)), b);
+  Vec<Compute<T>> own = mul(a, sub(load(x), center));
+  if constexpr (kSelect) own = keep_nonzero(own, a);
+  own = add(own, b);
   store(out, g == nullptr ? own : add(mul(scale, load(g)), own));
 }
 
@@ -213,25 +216,35 @@ void plane_affine(const T* x, const T* g, T* out, int64_t channels, int64_t leng
   using E = Compute<T>;
   constexpr int kL = kLanes<E>;
   for (int64_t c = 0; c < channels; ++c) {
-    const T* xc = x + c * length;
     const T* gc = g == nullptr ? nullptr : g + c * length;
+    const bool unused = a[c] == 0;
+    // What is not used is not read either: x then stands for the gradient, or for nothing.
+    const T* xc = !unused ? x + c * length : gc;
     T* oc = out + c * length;
-    const E s = g == nullptr ? E(0) : scale[c];
-    const Vec<E> vm = splat(center[c]), va = splat(a[c]), vb = splat(b[c]), vs = splat(s);
+    if (xc == nullptr) {
+      const Vec<E> vb = splat(b[c]);
+      int64_t i = 0;
+      for (; i + kL <= length; i += kL) store(oc + i, vb);
+      for (; i < length; ++i) store_one(oc + i, b[c]);
+      continue;
+    }
+    const E m = unused ? E(0) : center[c], w = unused ? scale[c] : a[c], s = g == nullptr || unused ? E(0) : scale[c];
+    const Vec<E> vm = splat(m), va = splat(w), vb = splat(b[c]), vs = splat(s);
     int64_t i = 0;
-    if (gc == nullptr) {
-      for (; i + kL <= length; i += kL) affine<T>(xc + i, nullptr, oc + i, vm, va, vb, vs);
-      for (; i < length; ++i) affine_one<T>(xc + i, nullptr, oc + i, center[c], a[c], b[c], s);
+    if (gc == nullptr || unused) {
+      for (; i + kL <= length; i += kL) affine<T, false>(xc + i, nullptr, oc + i, vm, va, vb, vs);
+      for (; i < length; ++i) affine_one<T, false>(xc + i, nullptr, oc + i, m, w, b[c], s);
     } else {
-      for (; i + kL <= length; i += kL) affine<T>(xc + i, gc + i, oc + i, vm, va, vb, vs);
-      for (; i < length; ++i) affine_one<T>(xc + i, gc + i, oc + i, center[c], a[c], b[c], s);
+      for (; i + kL <= length; i += kL) affine<T, false>(xc + i, gc + i, oc + i, vm, va, vb, vs);
+      for (; i < length; ++i) affine_one<T, false>(xc + i, gc + i, oc + i, m, w, b[c], s);
     }
   }
 }
 
-template <class T>
-void row_affine(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold, const Compute<T>* center,
-                const Compute<T>* a, const Compute<T>* b, const Compute<T>* scale) {
+template <class T, bool kSelect>
+CLUSTERQ_INLINE void affine_rows(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold,
+                                 const Compute<T>* center, const Compute<T>* a, const Compute<T>* b,
+                                 const Compute<T>* scale) {
   using E = Compute<T>;
   constexpr int kL = kLanes<E>;
   const int64_t width = channels * fold, total = rows * channels;
@@ -244,14 +257,26 @@ void row_affine(const T* x, const T* g, T* out, int64_t rows, int64_t channels, 
     int64_t i = 0;
     if (gr == nullptr) {
       for (; i + kL <= end; i += kL)
-        affine<T>(xr + i, nullptr, outr + i, load(center + i), load(a + i), load(b + i), none);
-      for (; i < end; ++i) affine_one<T>(xr + i, nullptr, outr + i, center[i], a[i], b[i], E(0));
+        affine<T, kSelect>(xr + i, nullptr, outr + i, load(center + i), load(a + i), load(b + i), none);
+      for (; i < end; ++i) affine_one<T, kSelect>(xr + i, nullptr, outr + i, center[i], a[i], b[i], E(0));
     } else {
       for (; i + kL <= end; i += kL)
-        affine<T>(xr + i, gr + i, outr + i, load(center + i), load(a + i), load(b + i), load(scale + i));
-      for (; i < end; ++i) affine_one<T>(xr + i, gr + i, outr + i, center[i], a[i], b[i], scale[i]);
+        affine<T, kSelect>(xr + i, gr + i, outr + i, load(center + i), load(a + i), load(b + i), load(scale + i));
+      for (; i < end; ++i) affine_one<T, kSelect>(xr + i, gr + i, outr + i, center[i], a[i], b[i], scale[i]);
     }
   }
+}
+
+template <class T>
+void row_affine(const T* x, const T* g, T* out, int64_t rows, int64_t channels, int64_t fold, const Compute<T>* center,
+                const Compute<T>* a, const Compute<T>* b, const Compute<T>* scale) {
+  affine_rows<T, true>(x, g, out, rows, channels, fold, center, a, b, scale);
+}
+
+template <class T>
+void row_scale(const T* x, T* out, int64_t rows, int64_t channels, int64_t fold, const Compute<T>* center,
+               const Compute<T>* a, const Compute<T>* b) {
+  affine_rows<T, false>(x, nullptr, out, rows, channels, fold, center, a, b, nullptr);
 }
 
 template <class E>
@@ -327,8 +352,9 @@ void to_double(const T* x, int64_t count, double* mean, double* m2) {
 
 template <class T>
 Kernels<T> table() {
-  return {plane_sums<T>, plane_norm<T>, plane_dot<T>,       plane_affine<T>, row_sums<T>,  row_norm<T>,
-          row_dot<T>,    row_affine<T>, finish<Compute<T>>, exact<T>,        to_double<T>, merge};
+  return {plane_sums<T>, plane_norm<T>, plane_dot<T>, plane_affine<T>,    row_sums<T>, row_norm<T>,
+          row_dot<T>,    row_affine<T>, row_scale<T>, finish<Compute<T>>, exact<T>,    to_double<T>,
+          merge};
 }
 
 }  // namespace clusterq::bn_stats::CLUSTERQ_ISA

@@ -81,6 +81,17 @@ CLUSTERQ_INLINE Vec<E> keep_last(Vec<E> a, int64_t count) {
   return a;
 }
 
+// a where `flag` is not 0, else 0.
+template <class E>
+CLUSTERQ_INLINE Vec<E> keep_nonzero(Vec<E> a, const Vec<E>& flag) {
+  using Mask = typename Native<E>::mask;
+  for (int k = 0; k < kParts; ++k) {
+    const Mask keep = (Mask)(flag.v[k] != typename Native<E>::type{});
+    a.v[k] = (typename Native<E>::type)((Mask)a.v[k] & keep);
+  }
+  return a;
+}
+
 // Lane i + kBy of a at lane i.
 template <class E, int kBy, int... kLane>
 CLUSTERQ_INLINE typename Native<E>::type rotate(typename Native<E>::type a, std::integer_sequence<int, kLane...>) {

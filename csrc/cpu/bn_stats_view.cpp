@@ -41,18 +41,25 @@ ScalarType statistics_dtype(const View& x) { return compute_dtype(x.tensor.scala
 
 Tensor per_channel(const View& x, const Tensor& tensor, const char* name) {
   check_dtype(tensor, statistics_dtype(x), name);
-  if (tensor.dim() == 1) {
-    check_sizes(tensor, {x.channels}, name);
-  } else {
-    check_sizes(tensor, {1, x.channels}, name);
-  }
+  check_sizes(tensor, {x.channels}, name);
   return packed(tensor);
 }
 
-Tensor per_image(const View& x, const Tensor& tensor, const char* name) {
-  if (!has_sizes(tensor, {x.images, x.channels})) return per_channel(x, tensor, name);
+Rows rows_of(const View& x, const Tensor& tensor, const char* name) {
   check_dtype(tensor, statistics_dtype(x), name);
-  return packed(tensor);
+  const bool shared = has_sizes(tensor, {1, x.channels});
+  if (!shared) check_sizes(tensor, {x.images, x.channels}, name);
+  if (x.channels == 1 || tensor.stride(1) == 1) return {tensor, shared ? 0 : tensor.stride(0)};
+  return {packed(tensor), shared ? 0 : x.channels};
+}
+
+Parameters parameters_of(const View& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                         const Tensor& running_mean, const Tensor& running_var, double eps) {
+  Parameters result{per_channel(x, running_mean, "running_mean"), per_channel(x, running_var, "running_var"),
+                    std::nullopt, std::nullopt, eps};
+  if (weight.has_value()) result.weight = per_channel(x, *weight, "weight");
+  if (bias.has_value()) result.bias = per_channel(x, *bias, "bias");
+  return result;
 }
 
 }  // namespace clusterq::bn_stats

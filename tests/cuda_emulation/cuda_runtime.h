@@ -72,6 +72,11 @@ inline int __all_sync(unsigned mask, int flag) {
   for (int offset = 16; offset > 0; offset /= 2) flag &= __shfl_xor_sync(mask, flag, offset);
   return flag;
 }
+inline unsigned __ballot_sync(unsigned mask, int flag) {
+  unsigned bits = flag ? 1u << threadIdx.x % 32 : 0;
+  for (int offset = 16; offset > 0; offset /= 2) bits |= __shfl_xor_sync(mask, bits, offset);
+  return bits;
+}
 template <typename T>
 T atomicMax(T* at, T value) {
   const T before = *at;
@@ -91,6 +96,9 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline double rsqrt(double v) { return 1.0 / std::sqrt(v); }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline double __drcp_rn(double v) { return 1.0 / v; }
 
