@@ -32,8 +32,10 @@ def _pair(x, *shape):
     return tuple(torch.empty(shape, dtype=compute_dtype(x), device=x.device) for _ in range(2))
 
 
-def _moments(x, per_image, norm=None):
+def _moments(x, per_image, norm=None, final=True):
     """Moments of every image and channel, or of parts of the batch; y too if norm = (weight, bias, mean, var, eps).
+
+    final: in the dtype of statistics where an image and channel is one part; else always float64, for a merge.
 
     Returns x or its copy, y, the moments and what `_merge` needs to know of their rows: `None` if they are mean and
     variance [N, C], else (rows, parts of an image, fold, values of a part, values of an image) of float64 moments.
@@ -53,13 +55,13 @@ def _moments(x, per_image, norm=None):
             count, fold * channels, segments, per_image and fold == 1, each
         )
         length = tiles * constants["BLOCK_R"]
-        final = each or (per_image and parts == fold == 1)
+        final = each or (final and per_image and parts == fold == 1)
         rows = (segments * parts * fold, parts, fold, length, count)
     else:
         programs, sizes, constants = layout.planes(x)
         parts, tiles = sizes[3:5]
         length = tiles * constants["BLOCK_K"]
-        final = per_image and parts == 1
+        final = final and per_image and parts == 1
         rows = (images * parts, parts, 1, length, values)
     if final:
         first, second = _pair(x, images, channels)
@@ -133,10 +135,7 @@ def _groups(x, weights, correction=0, labels=None, groups=1):
     if x.shape[2:].numel() == 1:
         x = x.reshape(x.shape[:2])
         return _merge(x, None, (x.shape[0], 1, 1, 1, 1), mode, groups, correction, labels, weights)
-    x, _, moments, rows = _moments(x, True)
-    if rows is None:
-        values = x.shape[2:].numel()
-        rows = (x.shape[0], 1, 1, values, values)
+    x, _, moments, rows = _moments(x, True, final=False)
     return _merge(x, moments, rows, mode, groups, correction, labels, weights)
 
 

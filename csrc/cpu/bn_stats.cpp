@@ -1,200 +1,13 @@
-// Forward kernels of clusterq/ops/bn_stats.py. One pass over x fills a table of (mean, centered squares) per image and
-// channel in double; instance, batch and class statistics are ordered merges of its rows.
-#include "cpu/bn_stats.h"
-
+// Forward kernels of clusterq/ops/bn_stats.py: ordered merges of a table of moments.
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <tuple>
 
+#include "cpu/bn_stats_moments.h"
+
 namespace clusterq::bn_stats {
 namespace {
-
-// Segments of x whose moments are rows of the table: whole images, or for channels-innermost tensors equal parts of
-// them.
-struct Table {
-  int64_t segments, channels;
-  int64_t parts;   // per image
-  int64_t length;  // positions per part, the last may be shorter
-  std::unique_ptr<double[]> mean, m2;
-
-  Table(const View& x, int64_t parts_per_image)
-      : segments(x.images * parts_per_image),
-        channels(x.channels),
-        parts(parts_per_image),
-        length(ceil_div(x.spatial, parts_per_image)),
-        mean(new double[segments * channels]),
-        m2(new double[segments * channels]) {}
-
-  int64_t begin(int64_t segment) const { return segment % parts * length; }
-  int64_t count(int64_t segment, int64_t spatial) const {
-    return std::max<int64_t>(0, std::min(length, spatial - begin(segment)));
-  }
-};
-
-// The eval-mode BatchNorm that rides on the pass; per-channel pointers, null where statistics alone are wanted.
-template <class T>
-struct Norm {
-  T* y = nullptr;
-  const Compute<T>*center = nullptr, *scale = nullptr, *bias = nullptr;
-};
-
-template <class T>
-class Pass {
- public:
-  using E = Compute<T>;
-
-  Pass(const View& x, Table& table, const Norm<T>& norm) : x_(x), table_(table), norm_(norm), data_(x.data<T>()) {
-    if (x.rows) {
-      fold_ = fold(x.channels);
-      block_ = block_rows(x.channels);
-      if (norm.y != nullptr) {
-        folded_.resize(3 * fold_ * x.channels);
-        E* out = folded_.data();
-        for (const E** source : {&norm_.center, &norm_.scale, &norm_.bias}) {
-          repeat(*source, x.channels, fold_, out);
-          *source = out;
-          out += fold_ * x.channels;
-        }
-      }
-    }
-  }
-
-  void run() {
-    if (x_.spatial == 1) {
-      single();
-      return;
-    }
-    const int64_t shards = std::min(table_.segments, kShards);
-    const int64_t splits = x_.rows ? 1 : std::min(ceil_div(kShards, shards), ceil_div(x_.channels, 16));
-    const int64_t units = shards * splits, per_shard = ceil_div(table_.segments, shards);
-    const int64_t per_split = ceil_div(x_.channels, splits);
-    torch::stable::parallel_for(0, units, grain(x_, units), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t s0 = unit / splits * per_shard, c0 = unit % splits * per_split;
-        range(s0, std::min(s0 + per_shard, table_.segments), c0, std::min(c0 + per_split, x_.channels));
-      }
-    });
-  }
-
- private:
-  // One value per image and channel: nothing to sum.
-  void single() {
-    const int64_t tasks = std::min(x_.images, kShards), per_task = ceil_div(x_.images, tasks);
-    torch::stable::parallel_for(0, tasks, grain(x_, tasks), [&](int64_t begin, int64_t end) {
-      const int64_t n = begin * per_task, count = std::min(end * per_task, x_.images) - n, at = n * x_.channels;
-      if (count <= 0) return;
-      kernels_.to_double(data_ + at, count * x_.channels, table_.mean.get() + at, table_.m2.get() + at);
-      if (norm_.y != nullptr) {
-        kernels_.row_scale(data_ + at, norm_.y + at, count, x_.channels, fold_, norm_.center, norm_.scale, norm_.bias);
-      }
-    });
-  }
-
-  // Element (segment, channel c, position i) without the offset of i.
-  int64_t at(int64_t segment, int64_t c) const {
-    const int64_t image = segment / table_.parts * x_.channels * x_.spatial;
-    return x_.rows ? image + table_.begin(segment) * x_.channels + c : image + c * x_.spatial;
-  }
-
-  // Segments [s0, s1) of channels [c0, c1), in order: the shift of a block follows the means of those before it.
-  void range(int64_t s0, int64_t s1, int64_t c0, int64_t c1) {
-    const int64_t width = c1 - c0, step_of_position = x_.rows ? x_.channels : 1;
-    if (s0 >= s1 || width <= 0) return;
-    std::vector<E> shift(width * fold_), first(width * fold_ + 16), second(width * fold_ + 16);
-    std::vector<double> mean(width), m2(width);
-    std::vector<int32_t> suspects(width + 1);
-    // A short run at the start is a good enough first shift.
-    const int64_t pilot = std::min<int64_t>(table_.count(s0, x_.spatial), x_.rows ? 32 : 64);
-    sums(at(s0, c0), pilot, width, shift.data(), first.data(), second.data());
-    kernels_.finish(width, static_cast<double>(pilot), shift.data(), first.data(), second.data(), mean.data(),
-                    m2.data(), suspects.data());
-    std::copy_n(mean.data(), width, shift.data());
-    for (int64_t segment = s0; segment < s1; ++segment) {
-      const int64_t count = table_.count(segment, x_.spatial);
-      double* whole_mean = table_.mean.get() + segment * x_.channels + c0;
-      double* whole_m2 = table_.m2.get() + segment * x_.channels + c0;
-      const int64_t step = x_.rows ? block_ : kRun;
-      for (int64_t i = 0; i < count; i += step) {
-        double* block_mean = i == 0 ? whole_mean : mean.data();
-        double* block_m2 = i == 0 ? whole_m2 : m2.data();
-        const int64_t length = std::min(step, count - i);
-        const int64_t start = at(segment, c0) + i * step_of_position;
-        block(start, length, c0, width, shift.data(), first.data(), second.data());
-        const int64_t found = kernels_.finish(width, static_cast<double>(length), shift.data(), first.data(),
-                                              second.data(), block_mean, block_m2, suspects.data());
-        for (int64_t k = 0; k < found; ++k) {
-          const int64_t c = suspects[k];
-          kernels_.exact(data_ + start + c * (x_.rows ? 1 : x_.spatial), length, step_of_position, block_mean + c,
-                         block_m2 + c);
-          shift[c] = static_cast<E>(block_mean[c]);
-        }
-        for (int64_t c = 0; c < width; ++c) shift[c] += static_cast<E>(0.25 * (block_mean[c] - shift[c]));
-        if (i > 0) {
-          kernels_.merge(width, static_cast<double>(i), whole_mean, whole_m2, static_cast<double>(length), block_mean,
-                         block_m2);
-        }
-      }
-    }
-  }
-
-  void sums(int64_t start, int64_t length, int64_t width, E* shift, E* s1, E* s2) const {
-    if (x_.rows) {
-      repeat(shift, width, fold_, shift);
-      kernels_.row_sums(data_ + start, length, width, fold_, shift, s1, s2);
-    } else {
-      kernels_.plane_sums(data_ + start, width, x_.spatial, length, shift, s1, s2);
-    }
-  }
-
-  void block(int64_t start, int64_t length, int64_t c0, int64_t width, E* shift, E* s1, E* s2) const {
-    if (norm_.y == nullptr) {
-      sums(start, length, width, shift, s1, s2);
-    } else if (x_.rows) {
-      repeat(shift, width, fold_, shift);
-      kernels_.row_norm(data_ + start, norm_.y + start, length, width, fold_, shift, norm_.center, norm_.scale,
-                        norm_.bias, s1, s2);
-    } else {
-      kernels_.plane_norm(data_ + start, norm_.y + start, width, x_.spatial, length, shift, norm_.center + c0,
-                          norm_.scale + c0, norm_.bias + c0, s1, s2);
-    }
-  }
-
-  const View& x_;
-  Table& table_;
-  Norm<T> norm_;
-  const T* data_;
-  const Kernels<T>& kernels_ = kernels<T>();
-  std::vector<E> folded_;
-  int64_t fold_ = 1, block_ = kRun;
-};
-
-// Fills the table of x, and y where asked.
-Table moments(const View& x, int64_t parts, const Tensor* y, const Parameters* parameters) {
-  Table table(x, parts);
-  if (x.spatial == 0) {
-    const double nan = std::numeric_limits<double>::quiet_NaN();
-    std::fill_n(table.mean.get(), table.segments * table.channels, nan);
-    std::fill_n(table.m2.get(), table.segments * table.channels, nan);
-  } else if (x.numel() > 0) {
-    dispatch(x, [&](auto element) {
-      using T = decltype(element);
-      using E = Compute<T>;
-      Norm<T> norm;
-      std::vector<E> scale, zero;
-      if (y != nullptr) {
-        scale = scales<E>(x.channels, parameters->weight, parameters->running_var, parameters->eps);
-        if (!parameters->bias.has_value()) zero.assign(x.channels, E(0));
-        norm.y = static_cast<T*>(y->mutable_data_ptr());
-        norm.center = static_cast<const E*>(parameters->center.const_data_ptr());
-        norm.scale = scale.data();
-        norm.bias = zero.empty() ? static_cast<const E*>(parameters->bias->const_data_ptr()) : zero.data();
-      }
-      Pass<T>(x, table, norm).run();
-    });
-  }
-  return table;
-}
 
 // Parts per image that keep all shards busy on few, large, channels-innermost images.
 int64_t instance_parts(const View& x) {
@@ -306,17 +119,45 @@ void write_instances(const View& x, Table& table, const Tensor& mean, const Tens
   });
 }
 
-std::tuple<Tensor, Tensor> instance_outputs(const View& x, Table& table) {
-  Tensor mean = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
-  Tensor var = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
-  write_instances(x, table, mean, var, x.channels, 0);
-  return {mean, var};
+// One value per image and channel: it is the mean, of variance 0, but not finite where x is not.
+void write_single(const View& x, const Tensor& mean, const Tensor& var, int64_t stride, int64_t c0) {
+  dispatch(x, [&](auto element) {
+    using T = decltype(element);
+    using E = Compute<T>;
+    const T* data = x.data<T>();
+    auto* m = static_cast<E*>(mean.mutable_data_ptr()) + c0;
+    auto* v = static_cast<E*>(var.mutable_data_ptr()) + c0;
+    const int64_t per_task = grain(x, 1) == 1 ? std::max<int64_t>(1, ceil_div(x.images, kShards)) : x.images;
+    torch::stable::parallel_for(0, x.images, per_task, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t c = 0; c < x.channels; ++c) {
+          const E value = load<E>(data[n * x.channels + c]);
+          m[n * stride + c] = value;
+          v[n * stride + c] = value - value;
+        }
+      }
+    });
+  });
+}
+
+// Statistics of every image into rows of `mean` and `var`, and y where asked.
+void instances(const View& x, const Tensor* y, const Parameters* parameters, const Tensor& mean, const Tensor& var,
+               int64_t stride, int64_t c0) {
+  if (x.spatial == 1) {
+    if (y != nullptr) normalize_rows(x, *y, *parameters);
+    write_single(x, mean, var, stride, c0);
+    return;
+  }
+  Table table = moments(x, instance_parts(x), y, parameters);
+  write_instances(x, table, mean, var, stride, c0);
 }
 
 std::tuple<Tensor, Tensor> instance_statistics(const Tensor& tensor) {
   const View x = view(tensor);
-  Table table = moments(x, instance_parts(x), nullptr, nullptr);
-  return instance_outputs(x, table);
+  Tensor mean = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  Tensor var = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  instances(x, nullptr, nullptr, mean, var, x.channels, 0);
+  return {mean, var};
 }
 
 std::tuple<Tensor, Tensor> instance_statistics_list(std::vector<Tensor> tensors) {
@@ -335,8 +176,7 @@ std::tuple<Tensor, Tensor> instance_statistics_list(std::vector<Tensor> tensors)
   Tensor var = torch::stable::new_empty(first.tensor, {first.images, columns}, statistics_dtype(first));
   int64_t c0 = 0;
   for (const View& x : layers) {
-    Table table = moments(x, instance_parts(x), nullptr, nullptr);
-    write_instances(x, table, mean, var, columns, c0);
+    instances(x, nullptr, nullptr, mean, var, columns, c0);
     c0 += x.channels;
   }
   return {mean, var};
@@ -350,8 +190,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_instance_statistics(const Tensor& 
   const View x = view(tensor);
   const Tensor y = empty_like(x);
   const Parameters parameters = parameters_of(x, weight, bias, running_mean, running_var, eps);
-  Table table = moments(x, instance_parts(x), &y, &parameters);
-  auto [mean, var] = instance_outputs(x, table);
+  const Tensor mean = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  const Tensor var = torch::stable::new_empty(x.tensor, {x.images, x.channels}, statistics_dtype(x));
+  instances(x, &y, &parameters, mean, var, x.channels, 0);
   return {y, mean, var};
 }
 
@@ -372,7 +213,12 @@ std::tuple<Tensor, Tensor> batch_moments(View x, int64_t correction, const Tenso
     parts = std::clamp<int64_t>(ceil_div(x.spatial, block_rows(x.channels)), 1, 4 * kShards);
   }
   std::vector<double> total_mean(channels, std::nan("")), total_m2(channels, 0.0);
-  if (values > 0 && channels > 0) {
+  const int64_t images = values > 0 && channels > 0 ? images_per_group(x) : 1;
+  if (images > 1) {
+    const Table table = grouped_moments(x, images, y, parameters);
+    std::copy_n(table.mean.get(), channels, total_mean.data());
+    std::copy_n(table.m2.get(), channels, total_m2.data());
+  } else if (values > 0 && channels > 0) {
     Table table = moments(x, parts, y, parameters);
     merge_parts(x, table);
     merge_images(x, table);

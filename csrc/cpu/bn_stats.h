@@ -36,6 +36,12 @@ struct Kernels {
   // out = a * (x - center) + b, plus scale * g where g is given; where a is 0, x does not enter.
   void (*plane_affine)(const T* x, const T* g, T* out, int64_t channels, int64_t length, const E* center, const E* a,
                        const E* b, const E* scale);
+  // The sums of plane_sums and plane_norm over several images, `image` elements apart, of planes that are neighbours.
+  // `lanes` has room for 2 * 64 bytes per channel.
+  void (*image_sums)(const T* x, int64_t images, int64_t image, int64_t channels, int64_t length, const E* shift,
+                     E* lanes, E* s1, E* s2);
+  void (*image_norm)(const T* x, T* y, int64_t images, int64_t image, int64_t channels, int64_t length, const E* shift,
+                     const E* center, const E* scale, const E* bias, E* lanes, E* s1, E* s2);
   // Rows kernels treat `fold` rows as one of width fold * C, so that few channels still fill the lanes. Per-channel
   // arguments are repeated fold times; s1 and s2 have room for fold * C + 16 and return C sums.
   void (*row_sums)(const T* x, int64_t rows, int64_t channels, int64_t fold, const E* shift, E* s1, E* s2);
@@ -53,8 +59,6 @@ struct Kernels {
                     int32_t* suspects);
   // Two passes in double over `length` elements, `stride` apart: the answer for suspects.
   void (*exact)(const T* x, int64_t length, int64_t stride, double* mean, double* m2);
-  // Moments of single elements.
-  void (*to_double)(const T* x, int64_t count, double* mean, double* m2);
   // Chan's rule over channels: (count_a, mean_a, m2_a) += (count_b, mean_b, m2_b).
   void (*merge)(int64_t channels, double count_a, double* mean_a, double* m2_a, double count_b, const double* mean_b,
                 const double* m2_b);
@@ -145,6 +149,22 @@ inline int64_t grain(const View& x, int64_t shards) { return x.numel() < 32768 ?
 template <class E>
 void repeat(const E* values, int64_t channels, int64_t times, E* out) {
   for (int64_t f = out == values ? 1 : 0; f < times; ++f) std::copy_n(values, channels, out + f * channels);
+}
+
+// to = scale * (from - center) + bias, tensors of the shape of x with channels innermost; [C] each of the vectors.
+template <class T>
+void scale_rows(const View& x, const T* from, T* to, const Compute<T>* center, const Compute<T>* scale,
+                const Compute<T>* bias) {
+  const int64_t channels = x.channels, f = fold(channels), w = f * channels, rows = x.images * x.spatial;
+  const int64_t block = std::max(f, block_rows(channels) / f * f), blocks = ceil_div(rows, block);
+  std::vector<Compute<T>> folded(3 * w);
+  const Compute<T>* vectors[] = {center, scale, bias};
+  for (int i = 0; i < 3; ++i) repeat(vectors[i], channels, f, folded.data() + i * w);
+  torch::stable::parallel_for(0, blocks, grain(x, blocks), [&](int64_t begin, int64_t end) {
+    const int64_t r = begin * block, count = std::min(end * block, rows) - r, at = r * channels;
+    kernels<T>().row_scale(from + at, to + at, count, channels, f, folded.data(), folded.data() + w,
+                           folded.data() + 2 * w);
+  });
 }
 
 // Calls f with a value of the element type of x.

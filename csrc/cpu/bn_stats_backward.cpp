@@ -99,20 +99,6 @@ void affine(const View& x, const T* g, T* out, const Compute<T>* scale, const Co
   });
 }
 
-// out = scale * g, which BatchNorm's own gradient is; x is not read.
-template <class T>
-void scale_rows(const View& x, const T* g, T* out, const std::vector<Compute<T>>& scale) {
-  using E = Compute<T>;
-  const int64_t channels = x.channels, f = fold(channels), w = f * channels, rows = x.images * x.spatial;
-  const int64_t block = std::max(f, block_rows(channels) / f * f), blocks = ceil_div(rows, block);
-  std::vector<E> folded(w), zero(w, E(0));
-  repeat(scale.data(), channels, f, folded.data());
-  torch::stable::parallel_for(0, blocks, grain(x, blocks), [&](int64_t begin, int64_t end) {
-    const int64_t r = begin * block, count = std::min(end * block, rows) - r, at = r * channels;
-    kernels<T>().row_scale(g + at, out + at, count, channels, f, zero.data(), folded.data(), zero.data());
-  });
-}
-
 Tensor statistics_backward(const Tensor& tensor, const Tensor& center, const std::optional<Tensor>& grad_mean,
                            const std::optional<Tensor>& grad_var, double mean_factor, double var_factor) {
   const View x = view(tensor);
@@ -167,7 +153,9 @@ Tensor batch_norm_statistics_backward(const Tensor& grad, const Tensor& tensor, 
     const T* g = static_cast<const T*>(incoming.const_data_ptr());
     T* o = static_cast<T*>(out.mutable_data_ptr());
     if (x.rows && !grad_mean.has_value() && !grad_var.has_value()) {
-      scale_rows<T>(x, g, o, scale);
+      // BatchNorm's own gradient, without x.
+      const std::vector<E> zero(x.channels, E(0));
+      scale_rows<T>(x, g, o, zero.data(), scale.data(), zero.data());
     } else {
       affine<T>(x, g, o, scale.data(), own);
     }

@@ -41,6 +41,29 @@ CLUSTERQ_INLINE void accumulate_one(const T* x, const T* g, T* y, Compute<T> shi
   if constexpr (mode == Mode::kNorm) store_one(y, (value - center) * scale + bias);
 }
 
+// Adds a plane of at least one vector to a and b, whose two vectors are of one sum.
+template <class T, Mode mode>
+CLUSTERQ_INLINE void sum_plane(const T* x, const T* g, T* y, int64_t length, const Vec<Compute<T>>& k,
+                               const Vec<Compute<T>>& vm, const Vec<Compute<T>>& vs, const Vec<Compute<T>>& vt,
+                               Vec<Compute<T>>* a, Vec<Compute<T>>* b) {
+  constexpr int kL = kLanes<Compute<T>>;
+  int64_t i = 0;
+  for (; i + 2 * kL <= length; i += 2 * kL) {
+    for (int j = 0; j < 2; ++j) {
+      const int64_t o = i + j * kL;
+      accumulate<T, mode>(x + o, g + o, y + o, k, vm, vs, vt, kL, a[j], b[j]);
+    }
+  }
+  if (i + kL <= length) {
+    accumulate<T, mode>(x + i, g + i, y + i, k, vm, vs, vt, kL, a[0], b[0]);
+    i += kL;
+  }
+  if (i < length) {
+    const int64_t o = length - kL;
+    accumulate<T, mode>(x + o, g + o, y + o, k, vm, vs, vt, length - i, a[1], b[1]);
+  }
+}
+
 template <class T, Mode mode>
 CLUSTERQ_INLINE void planes(const T* x, const T* g, T* y, int64_t channels, int64_t stride, int64_t length,
                             const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale,
@@ -62,21 +85,38 @@ CLUSTERQ_INLINE void planes(const T* x, const T* g, T* y, int64_t channels, int6
       continue;
     }
     const Vec<E> k = splat(shift[c]), vm = splat(m), vs = splat(s), vt = splat(t);
-    Vec<E> a[4] = {}, b[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kL <= length; i += 4 * kL) {
-      for (int j = 0; j < 4; ++j) {
-        const int64_t o = i + j * kL;
-        accumulate<T, mode>(xc + o, gc + o, yc + o, k, vm, vs, vt, kL, a[j], b[j]);
-      }
+    // Two, not four: with AVX2 a vector is two of the 16 registers.
+    Vec<E> a[2] = {}, b[2] = {};
+    sum_plane<T, mode>(xc, gc, yc, length, k, vm, vs, vt, a, b);
+    s1[c] = sum(add(a[0], a[1]));
+    s2[c] = sum(add(b[0], b[1]));
+  }
+}
+
+// Sums of every channel over the planes of several images, `image` elements apart: lanes are added up at the end, once.
+template <class T, Mode mode>
+CLUSTERQ_INLINE void image_planes(const T* x, T* y, int64_t images, int64_t image, int64_t channels, int64_t length,
+                                  const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale,
+                                  const Compute<T>* bias, Compute<T>* lanes, Compute<T>* s1, Compute<T>* s2) {
+  using E = Compute<T>;
+  constexpr int kL = kLanes<E>;
+  constexpr bool kNorm = mode == Mode::kNorm;
+  E *first = lanes, *second = lanes + channels * kL;
+  std::fill_n(lanes, 2 * channels * kL, E(0));
+  for (int64_t n = 0; n < images; ++n) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = n * image + c * length;
+      const Vec<E> k = splat(shift[c]), vm = splat(kNorm ? center[c] : E(0)), vs = splat(kNorm ? scale[c] : E(0)),
+                   vt = splat(kNorm ? bias[c] : E(0));
+      Vec<E> a[2] = {load(first + c * kL)}, b[2] = {load(second + c * kL)};
+      sum_plane<T, mode>(x + at, nullptr, kNorm ? y + at : nullptr, length, k, vm, vs, vt, a, b);
+      store(first + c * kL, add(a[0], a[1]));
+      store(second + c * kL, add(b[0], b[1]));
     }
-    for (; i + kL <= length; i += kL) accumulate<T, mode>(xc + i, gc + i, yc + i, k, vm, vs, vt, kL, a[0], b[0]);
-    if (i < length) {
-      const int64_t o = length - kL;
-      accumulate<T, mode>(xc + o, gc + o, yc + o, k, vm, vs, vt, length - i, a[1], b[1]);
-    }
-    s1[c] = sum(add(add(a[0], a[1]), add(a[2], a[3])));
-    s2[c] = sum(add(add(b[0], b[1]), add(b[2], b[3])));
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    s1[c] = sum(load(first + c * kL));
+    s2[c] = sum(load(second + c * kL));
   }
 }
 
@@ -113,7 +153,7 @@ CLUSTERQ_INLINE void rows(const T* x, const T* g, T* y, int64_t rows, int64_t ch
                           const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale,
                           const Compute<T>* bias, Compute<T>* s1, Compute<T>* s2) {
   using E = Compute<T>;
-  constexpr int kL = kLanes<E>, kRows = 4;
+  constexpr int kL = kLanes<E>, kRows = 8;
   constexpr bool kNorm = mode == Mode::kNorm, kDot = mode == Mode::kDot;
   const int64_t width = channels * fold, folded = rows / fold, tail = width % kL;
   std::fill_n(s1, width + kL, E(0));
@@ -172,6 +212,20 @@ template <class T>
 void plane_dot(const T* x, const T* g, int64_t channels, int64_t stride, int64_t length, const Compute<T>* center,
                Compute<T>* s1, Compute<T>* s2) {
   planes<T, Mode::kDot>(x, g, nullptr, channels, stride, length, center, nullptr, nullptr, nullptr, s1, s2);
+}
+
+template <class T>
+void image_sums(const T* x, int64_t images, int64_t image, int64_t channels, int64_t length, const Compute<T>* shift,
+                Compute<T>* lanes, Compute<T>* s1, Compute<T>* s2) {
+  image_planes<T, Mode::kSums>(x, nullptr, images, image, channels, length, shift, nullptr, nullptr, nullptr, lanes, s1,
+                               s2);
+}
+
+template <class T>
+void image_norm(const T* x, T* y, int64_t images, int64_t image, int64_t channels, int64_t length,
+                const Compute<T>* shift, const Compute<T>* center, const Compute<T>* scale, const Compute<T>* bias,
+                Compute<T>* lanes, Compute<T>* s1, Compute<T>* s2) {
+  image_planes<T, Mode::kNorm>(x, y, images, image, channels, length, shift, center, scale, bias, lanes, s1, s2);
 }
 
 template <class T>
@@ -288,12 +342,17 @@ int64_t finish(int64_t channels, double count, const E* shift, const E* s1, cons
     mean[c] = double(shift[c]) + offset;
     m2[c] = squares > 0 ? squares : 0;
   }
+  // A shift off by d standard deviations makes s2 = (1 + d^2) * m2 and loses log2(1 + d^2) bits: here at most two.
+  const auto trusted = [&](int64_t c) {
+    const double squares = s2[c];
+    return (squares <= 4 * m2[c]) & (squares <= double(std::numeric_limits<E>::max()));
+  };
+  int64_t right = 0;
+  for (int64_t c = 0; c < channels; ++c) right += trusted(c);
+  if (right == channels) return 0;
   int64_t found = 0;
   for (int64_t c = 0; c < channels; ++c) {
-    const double squares = s2[c];
-    // A shift off by d standard deviations makes s2 = (1 + d^2) * m2 and loses log2(1 + d^2) bits: here at most two.
-    suspects[found] = static_cast<int32_t>(c);
-    found += !(squares <= 4 * m2[c] && squares <= double(std::numeric_limits<E>::max()));
+    if (!trusted(c)) suspects[found++] = static_cast<int32_t>(c);
   }
   return found;
 }
@@ -342,19 +401,10 @@ static void merge(int64_t channels, double count_a, double* mean_a, double* m2_a
 }
 
 template <class T>
-void to_double(const T* x, int64_t count, double* mean, double* m2) {
-  for (int64_t i = 0; i < count; ++i) {
-    mean[i] = load_one(x + i);
-    // Zero, but not finite where x is not.
-    m2[i] = mean[i] - mean[i];
-  }
-}
-
-template <class T>
 Kernels<T> table() {
-  return {plane_sums<T>, plane_norm<T>, plane_dot<T>, plane_affine<T>,    row_sums<T>, row_norm<T>,
-          row_dot<T>,    row_affine<T>, row_scale<T>, finish<Compute<T>>, exact<T>,    to_double<T>,
-          merge};
+  return {plane_sums<T>, plane_norm<T>, plane_dot<T>,       plane_affine<T>, image_sums<T>, image_norm<T>,
+          row_sums<T>,   row_norm<T>,   row_dot<T>,         row_affine<T>,   row_scale<T>,  finish<Compute<T>>,
+          exact<T>,      merge};
 }
 
 }  // namespace clusterq::bn_stats::CLUSTERQ_ISA

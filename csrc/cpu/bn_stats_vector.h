@@ -117,13 +117,25 @@ CLUSTERQ_INLINE E sum(Vec<E> a) {
   }
 }
 
+#if CLUSTERQ_VECTOR_BYTES == 32
+// GCC makes a detour through 128-bit registers of the generic conversions.
+CLUSTERQ_INLINE Floats widen(BFloat16, Halves h) {
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+}
+CLUSTERQ_INLINE Halves low_halves(Words w) {
+  const __m256i packed = _mm256_packus_epi32((__m256i)w, (__m256i)w);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+#else
 CLUSTERQ_INLINE Floats widen(BFloat16, Halves h) { return (Floats)(__builtin_convertvector(h, Words) << 16); }
+CLUSTERQ_INLINE Halves low_halves(Words w) { return __builtin_convertvector(w, DenseHalves); }
+#endif
 
 CLUSTERQ_INLINE Halves narrow(BFloat16, Floats f) {
   const Words u = (Words)f;
   const Words rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
   const Words nan = (Words)(f != f);
-  return __builtin_convertvector((rounded & ~nan) | (0x7fc0u & nan), DenseHalves);
+  return low_halves((rounded & ~nan) | (0x7fc0u & nan));
 }
 
 #if CLUSTERQ_VECTOR_BYTES == 64

@@ -1,10 +1,9 @@
 // The alignment loss on CUDA: a block has 32 columns of the statistics [N, D], merges them over the images of the batch
 // and of every class, compares and writes their gradients; a second launch adds up the blocks. Norms of layers need all
 // columns first: there the merged statistics pass through memory. Everything is float64 and summed in a fixed order.
-#include "alignment.h"
-
 #include <algorithm>
 
+#include "alignment.h"
 #include "device.h"
 
 namespace clusterq {
@@ -31,14 +30,14 @@ __device__ __forceinline__ Form spread_of(const Alignment& p, double var) {
   return {root, 0.5 / root};
 }
 
-// Calls `use(n, value)` with value = `load(n)` for the images that are chosen, in order: all of them, or those that fall
-// to this warp when the warps take kAhead images in turn. For whole warps.
+// Calls `use(n, value)` with value = `load(n)` for the images that are chosen, in order: all of them, or those that
+// fall to this warp when the warps take kAhead images in turn. For whole warps.
 template <bool kShared, typename Choose, typename Load, typename Use>
-__device__ __forceinline__ void for_images(const Alignment& p, const Choose& choose, const Load& load,
-                                           const Use& use) {
+__device__ __forceinline__ void for_images(const Alignment& p, const Choose& choose, const Load& load, const Use& use) {
   constexpr int kWidth = kShared ? kAhead : 32;
   const int lane = threadIdx.x % 32;
-  for (int64_t base = kShared ? threadIdx.x / 32 * kWidth : 0; base < p.images; base += kWidth * (kShared ? kWarps : 1)) {
+  for (int64_t base = kShared ? threadIdx.x / 32 * kWidth : 0; base < p.images;
+       base += kWidth * (kShared ? kWarps : 1)) {
     unsigned bits = __ballot_sync(kFullWarp, lane < kWidth && base + lane < p.images && choose(base + lane));
     while (bits != 0) {
       int at[kAhead];
@@ -92,9 +91,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto all = [](int64_t) { return true; };
     const double divisor = p.images > 0 ? images : 1;
     double sum = 0, squares = 0;
-    for_images<true>(
-        p, all, [&](int64_t n) { return inside ? mean_at(n) : 0; },
-        [&](int64_t, double m) { sum += m; });
+    for_images<true>(p, all, [&](int64_t n) { return inside ? mean_at(n) : 0; }, [&](int64_t, double m) { sum += m; });
     center = over_warps(room[0], sum) / divisor;
     for_images<true>(
         p, all, [&](int64_t n) { return inside ? Pair{mean_at(n), var_at(n)} : Pair{0, 0}; },
@@ -270,8 +267,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp for each term.
 template <typename A>
-__global__ void __launch_bounds__(32 * (1 + kMostTerms)) alignment_finish_kernel(const __grid_constant__ Alignment p,
-                                                                                A* total, A* terms, int64_t blocks) {
+__global__ void __launch_bounds__(32 * (1 + kMostTerms))
+    alignment_finish_kernel(const __grid_constant__ Alignment p, A* total, A* terms, int64_t blocks) {
   __shared__ double found[1 + kMostTerms];
   const int lane = threadIdx.x % 32, term = threadIdx.x / 32;
   double sum = 0;
@@ -292,19 +289,12 @@ __global__ void __launch_bounds__(32 * (1 + kMostTerms)) alignment_finish_kernel
 
 template <typename A>
 void run(const Alignment& p, cudaStream_t stream) {
-  const Typed<A> t{static_cast<const A*>(p.mean),
-                   static_cast<const A*>(p.var),
-                   static_cast<const A*>(p.target_mean),
-                   static_cast<const A*>(p.target_spread),
-                   static_cast<const A*>(p.weights),
-                   static_cast<const A*>(p.class_mean),
-                   static_cast<const A*>(p.class_spread),
-                   static_cast<A*>(p.total),
-                   static_cast<A*>(p.to_terms),
-                   static_cast<A*>(p.grad_mean),
-                   static_cast<A*>(p.grad_var),
-                   static_cast<A*>(p.own_mean),
-                   static_cast<A*>(p.own_spread)};
+  const Typed<A> t{
+      static_cast<const A*>(p.mean),          static_cast<const A*>(p.var),     static_cast<const A*>(p.target_mean),
+      static_cast<const A*>(p.target_spread), static_cast<const A*>(p.weights), static_cast<const A*>(p.class_mean),
+      static_cast<const A*>(p.class_spread),  static_cast<A*>(p.total),         static_cast<A*>(p.to_terms),
+      static_cast<A*>(p.grad_mean),           static_cast<A*>(p.grad_var),      static_cast<A*>(p.own_mean),
+      static_cast<A*>(p.own_spread)};
   const int64_t blocks = alignment_blocks(p.columns);
   if (!p.given && p.squared) {
     launch(alignment_kernel<true, true, A>, blocks, kThreads, stream, p, t);

@@ -138,6 +138,4 @@ std::vector<std::string> alignment_ops() { return {"alignment_loss"}; }
 
 }  // namespace clusterq
 
-STABLE_TORCH_LIBRARY_IMPL(clusterq, CLUSTERQ_KEY, m) {
-  m.impl("alignment_loss", TORCH_BOX(&clusterq::alignment_loss));
-}
+STABLE_TORCH_LIBRARY_IMPL(clusterq, CLUSTERQ_KEY, m) { m.impl("alignment_loss", TORCH_BOX(&clusterq::alignment_loss)); }

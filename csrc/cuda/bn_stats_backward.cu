@@ -28,7 +28,9 @@ struct Coefficients {
   const A *weight, *running_var;
   A mean_factor, var_factor, eps;
 
-  __device__ __forceinline__ bool per_image() const { return center_stride != 0 || mean_stride != 0 || var_stride != 0; }
+  __device__ __forceinline__ bool per_image() const {
+    return center_stride != 0 || mean_stride != 0 || var_stride != 0;
+  }
 };
 
 template <typename A>
@@ -55,7 +57,7 @@ __device__ __forceinline__ A scale_of(const Coefficients<A>& c, int64_t channel)
   return c.weight == nullptr ? inverse : c.weight[channel] * inverse;
 }
 
-// Contiguous x, walked in memory order; a pack may hold the end of one plane and the beginning of the next.
+// Contiguous x, walked in memory order; a plane is a pack long at least, so that a pack has elements of two at most.
 template <bool kGrad, int V, typename T, typename A>
 __device__ __forceinline__ void planes_backward(const Place<T>& place, const Coefficients<A>& c, int64_t block) {
   const int64_t numel = place.images * place.channels * place.positions;
@@ -73,25 +75,33 @@ __device__ __forceinline__ void planes_backward(const Place<T>& place, const Coe
     const int64_t at = start + k * kStatisticsThreads * V, left = numel - at;
     if (left <= 0) continue;
     const int64_t plane = place.by_positions.quotient(at, place.small);
-    int64_t image = place.by_channels.quotient(plane, place.small), channel = plane - image * place.channels;
-    int64_t rest = place.positions - (at - plane * place.positions);
-    Slope<A> slope = slope_of(c, image, place.first_column + channel);
-    A scale = kGrad ? scale_of(c, channel) : A(0);
+    const int64_t image = place.by_channels.quotient(plane, place.small), channel = plane - image * place.channels;
+    const int64_t rest = (plane + 1) * place.positions - at;
+    const Slope<A> slope = slope_of(c, image, place.first_column + channel);
+    const A scale = kGrad ? scale_of(c, channel) : A(0);
     Pack<T, V> result;
+    const auto each = [&](const auto& slope_at, const auto& scale_at) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      A dx = slope.value(A(widen(values[k].at[v])));
-      if constexpr (kGrad) dx = multiply_add(A(widen(grads[k].at[v])), scale, dx);
-      result.at[v] = Narrow<T>::of(dx);
-      if (v + 1 < V && --rest == 0 && v + 1 < left) {
-        rest = place.positions;
-        if (++channel == place.channels) {
-          channel = 0;
-          ++image;
-        }
-        slope = slope_of(c, image, place.first_column + channel);
-        if constexpr (kGrad) scale = scale_of(c, channel);
+      for (int v = 0; v < V; ++v) {
+        A dx = slope_at(v).value(A(widen(values[k].at[v])));
+        if constexpr (kGrad) dx = multiply_add(A(widen(grads[k].at[v])), scale_at(v), dx);
+        result.at[v] = Narrow<T>::of(dx);
       }
+    };
+    if (rest >= V || left == rest) {
+      each([&](int) { return slope; }, [&](int) { return scale; });
+    } else {
+      const int mine = static_cast<int>(rest);
+      const bool wraps = channel + 1 == place.channels;
+      const int64_t next = wraps ? 0 : channel + 1;
+      const Slope<A> next_slope = slope_of(c, image + wraps, place.first_column + next);
+      const A next_scale = kGrad ? scale_of(c, next) : A(0);
+      each(
+          [&](int v) {
+            return Slope<A>{v < mine ? slope.a : next_slope.a, v < mine ? slope.center : next_slope.center,
+                            v < mine ? slope.b : next_slope.b};
+          },
+          [&](int v) { return v < mine ? scale : next_scale; });
     }
     store_some(place.dx + at, result, left);
   }
@@ -230,7 +240,9 @@ void launch_statistics_backward(Element element, const BackwardTask& task, cudaS
       if (place.wide) return run(rows, grad, std::integral_constant<int, kWide<T>>{});
       run(rows, grad, std::integral_constant<int, 1>{});
     };
-    const auto layout = [&](auto grad) { place.rows ? choose(std::true_type{}, grad) : choose(std::false_type{}, grad); };
+    const auto layout = [&](auto grad) {
+      place.rows ? choose(std::true_type{}, grad) : choose(std::false_type{}, grad);
+    };
     task.grad == nullptr ? layout(std::false_type{}) : layout(std::true_type{});
   });
 }
@@ -243,8 +255,7 @@ void launch_statistics_backward_list(Element element, const BackwardTask* tasks,
     BackwardTable<T, A> table{};
     int64_t blocks = 0;
     const auto flush = [&] {
-      if (blocks > 0)
-        launch(statistics_backward_list_kernel<T, A>, blocks, kStatisticsThreads, stream, table);
+      if (blocks > 0) launch(statistics_backward_list_kernel<T, A>, blocks, kStatisticsThreads, stream, table);
       table.count = 0;
       blocks = 0;
     };

@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kStatisticsThreads) list_kernel(const __grid_c
     case Walk::kBlock:
       return large_plane<false>(entry.task, none, block);
     case Walk::kRows:
-      return entry.wide ? rows<false, kWide<T>, 4>(entry.task, none, block) : rows<false, 1, 4>(entry.task, none, block);
+      return entry.wide ? rows<false, kWide<T>, 4>(entry.task, none, block)
+                        : rows<false, 1, 4>(entry.task, none, block);
   }
 }
 

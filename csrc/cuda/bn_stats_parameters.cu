@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kStatisticsThreads)
                      const A* __restrict__ mean, Divider inner, const ParameterPlan plan) {
   __shared__ A room[2][kWarps][kMostColumns<V>];
   const int lanes = plan.lanes, shift = __ffs(lanes) - 1, height = kStatisticsThreads >> shift;
-  const unsigned tiles = static_cast<unsigned>(plan.tiles), split = blockIdx.x / tiles, tile = blockIdx.x - split * tiles;
+  const unsigned tiles = static_cast<unsigned>(plan.tiles), split = blockIdx.x / tiles,
+                 tile = blockIdx.x - split * tiles;
   const int64_t first_column = static_cast<int64_t>(tile) * lanes * V;
   const int64_t column = first_column + (threadIdx.x & (lanes - 1)) * V;
   const int64_t start = split * plan.part, end = start + part_length(plan.rows, plan.part, split);
@@ -99,9 +100,12 @@ void launch_parameter_backward(Element element, const void* grad, const void* x,
     launch(kernel, plan.blocks, kStatisticsThreads, stream, partial, static_cast<const T*>(grad),
            static_cast<const T*>(x), parameters.mean, inner, plan);
     const int64_t values = plan.splits * plan.inner;
-    launch(parameter_finish_kernel<A>, plan.columns / plan.inner, values > 512 ? 512 : values > 64 ? 128 : 32, stream,
-           static_cast<A*>(dweight), static_cast<A*>(dbias), static_cast<const double*>(partial), parameters, inner,
-           values < int64_t(1) << 31, plan);
+    launch(parameter_finish_kernel<A>, plan.columns / plan.inner,
+           values > 512  ? 512
+           : values > 64 ? 128
+                         : 32,
+           stream, static_cast<A*>(dweight), static_cast<A*>(dbias), static_cast<const double*>(partial), parameters,
+           inner, values < int64_t(1) << 31, plan);
   });
 }
 

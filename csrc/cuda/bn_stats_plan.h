@@ -131,7 +131,7 @@ inline BackwardPlan plan_backward(int bytes, const Samples& x, bool aligned) {
   const int wide = 16 / bytes;
   // One position per image and channel is a row too, and rows are read without a look for boundaries.
   plan.rows = x.rows || (x.positions == 1 && x.channels > 1);
-  plan.width = aligned && (!plan.rows || x.channels % wide == 0) ? wide : 1;
+  plan.width = aligned && (plan.rows ? x.channels % wide == 0 : x.positions >= wide) ? wide : 1;
   if (!plan.rows) {
     plan.blocks = blocks_of(x.numel(), int64_t(kStatisticsThreads) * plan.width * plan.held);
     return plan;
@@ -146,8 +146,8 @@ inline BackwardPlan plan_backward(int bytes, const Samples& x, bool aligned) {
   return plan;
 }
 
-// Sums over images, and positions where channels are innermost: memory as [rows, columns], `inner` columns to a channel.
-// Double sums of every split and column are joined by another launch.
+// Sums over images, and positions where channels are innermost: memory as [rows, columns], `inner` columns to a
+// channel. Double sums of every split and column are joined by another launch.
 struct ParameterPlan {
   int width = 1, lanes = 1;
   int64_t rows = 0, columns = 0, inner = 1;

@@ -24,7 +24,9 @@ void launch_plane_statistics(Element element, const void* x, const Samples& samp
     const auto run = [&](auto with_norm) {
       constexpr bool kNorm = decltype(with_norm)::value;
       const Norm<A> parameters = kNorm ? norm_of<A>(*norm) : Norm<A>{};
-      const auto start = [&](auto kernel) { launch(kernel, plan.blocks, kStatisticsThreads, stream, task, parameters); };
+      const auto start = [&](auto kernel) {
+        launch(kernel, plan.blocks, kStatisticsThreads, stream, task, parameters);
+      };
       if (plan.walk == Walk::kPacks) return start(plane_kernel<Walk::kPacks, kNorm, T, A>);
       if (plan.walk == Walk::kSlab) return start(plane_kernel<Walk::kSlab, kNorm, T, A>);
       start(plane_kernel<Walk::kBlock, kNorm, T, A>);

@@ -10,6 +10,7 @@ std::vector<std::string> fake_quant_ops();
 std::vector<std::string> fake_quant_range_ops();
 std::vector<std::string> fake_quant_weight_ops();
 std::vector<std::string> bn_stats_ops();
+std::vector<std::string> bn_stats_backward_ops();
 std::vector<std::string> alignment_ops();
 
 }  // namespace clusterq
