@@ -22,11 +22,9 @@ def coefficients(
     a = tl.zeros(mask.shape, real)
     b = tl.zeros(mask.shape, real)
     if TERMS % 2 == 1:
-        factor = tl.full((), mean_factor, real)
-        b = tl.load(grad_mean_ptr + image * mean_step + channel, mask=mask, other=0.0) * factor
+        b = tl.load(grad_mean_ptr + image * mean_step + channel, mask=mask, other=0.0) * mean_factor
     if TERMS >= 2:
-        factor = tl.full((), var_factor, real)
-        a = tl.load(grad_var_ptr + image * var_step + channel, mask=mask, other=0.0) * factor
+        a = tl.load(grad_var_ptr + image * var_step + channel, mask=mask, other=0.0) * var_factor
         center = tl.load(center_ptr + image * center_step + channel, mask=mask, other=0.0)
     return center, a, b
 
@@ -64,6 +62,8 @@ def planes_backward_kernel(
 ):  # fmt: skip
     """A tile of x [planes, cols] whose planes begin at 16 bytes."""
     real: tl.constexpr = compute_type(x_ptr.dtype)
+    mean_factor = tl.full((), mean_factor, real)
+    var_factor = tl.full((), var_factor, real)
     cols = columns(col_groups, GROUP)
     col_blocks = tl.cdiv(cols, BLOCK_K)
     pid = tl.program_id(0)
@@ -93,6 +93,8 @@ def flat_backward_kernel(
 ):  # fmt: skip
     """BLOCK elements of x [planes, cols], in at most ROWS planes, which begin anywhere."""
     real: tl.constexpr = compute_type(x_ptr.dtype)
+    mean_factor = tl.full((), mean_factor, real)
+    var_factor = tl.full((), var_factor, real)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     plane = start // cols
     row = tl.arange(0, ROWS)
@@ -134,6 +136,8 @@ def inner_backward_kernel(
     The image is the segment; EACH: there is one segment, and of_image rows belong to an image.
     """
     real: tl.constexpr = compute_type(x_ptr.dtype)
+    mean_factor = tl.full((), mean_factor, real)
+    var_factor = tl.full((), var_factor, real)
     cols = columns(col_groups, GROUP)
     col_blocks = tl.cdiv(cols, BLOCK_K)
     row_blocks = tl.cdiv(rows, BLOCK_R)

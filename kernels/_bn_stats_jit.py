@@ -338,7 +338,7 @@ def merge_kernel(
     is x itself, one value per image and channel.
     """
     real: tl.constexpr = mean_ptr.dtype.element_ty
-    blocks = tl.cdiv(channels, BLOCK_C)
+    blocks = tl.maximum(tl.cdiv(channels, BLOCK_C), 1)
     pid = tl.program_id(0)
     group = pid // blocks
     channel = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -110,6 +110,13 @@ def fold(count, cols, vec):
     return factor if count % factor == 0 else 1
 
 
+def unit_rows(t):
+    """Rows [N or 1, C] with unit stride, and the distance between two of them, 0 if there is but one."""
+    if t.stride(1) != 1 and t.shape[1] > 1:
+        t = t.contiguous()
+    return t, t.stride(0) if t.shape[0] > 1 else 0
+
+
 def inverses(values, parts, length):
     """1 / (values of a part): of every part, and of the last."""
     return 1 / min(values, length), 1 / (values - (parts - 1) * length)

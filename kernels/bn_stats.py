@@ -5,12 +5,15 @@ waits for the device. Reads of x, and launches: instance statistics 1, 1 (2 wher
 batch and class statistics 1, 2; a backward 1, 1; the parameter backward 1, 2.
 """
 
+import math
+
 import torch
 import triton
 
 from . import _bn_stats_backward_jit as backward
 from . import _bn_stats_jit as jit
 from . import _statistics_layout as layout
+from . import _statistics_lists as lists
 from ._layout import TILE, in_memory_order, tile_shape, tile_size
 from ._statistics_layout import compute_dtype
 
@@ -93,7 +96,7 @@ def _merge(x, moments, rows, mode, groups, correction=0, labels=None, weights=No
     channels = x.shape[1]
     block_c = min(layout.power(channels), 8 if rows[0] > 256 else 32)
     with torch.cuda.device_of(x):
-        jit.merge_kernel[(groups * triton.cdiv(channels, block_c),)](
+        jit.merge_kernel[(groups * max(triton.cdiv(channels, block_c), 1),)](
             mean, var, count, total, center, spread, center if labels is None else labels.contiguous(),
             center if weights is None else weights.contiguous(), rows[0], channels, *rows[1:], correction,
             MODE=mode.value, PLAIN=moments is None, WEIGHTED=weights is not None,
@@ -132,8 +135,12 @@ def _groups(x, weights, correction=0, labels=None, groups=1):
     """Statistics of groups of whole images."""
     mode = jit.BATCH if labels is None else jit.CLASS
     x, _ = layout.walked(x)
-    if x.shape[2:].numel() == 1:
-        x = x.reshape(x.shape[:2])
+    images, channels, values = *x.shape[:2], x.shape[2:].numel()
+    if values == 0:
+        nan = torch.full((images, channels), math.nan, dtype=torch.float64, device=x.device)
+        return _merge(x, (nan, nan), (images, 1, 1, 1, 0), mode, groups, correction, labels, weights)
+    if values == 1 or x.numel() == 0:
+        x = x.reshape(images, channels, -1)[:, :, 0] if x.numel() else x
         return _merge(x, None, (x.shape[0], 1, 1, 1, 1), mode, groups, correction, labels, weights)
     x, _, moments, rows = _moments(x, True, final=False)
     return _merge(x, moments, rows, mode, groups, correction, labels, weights)
@@ -154,13 +161,6 @@ def class_statistics(x, labels, num_classes, weights):
     return _groups(x, weights, 0, labels, num_classes)
 
 
-def _rows_of(t, channels):
-    """Rows with unit stride, and the distance between two of them, 0 if there is but one."""
-    if t.stride(1) != 1 and channels > 1:
-        t = t.contiguous()
-    return t, t.stride(0) if t.shape[0] > 1 else 0
-
-
 def _backward(x, center, grad_mean, grad_var, mean_factor, var_factor, norm=None):
     """dx; norm: (grad, weight, running_var, eps) of a BatchNorm behind the statistics."""
     x, inner = layout.walked(x)
@@ -173,7 +173,7 @@ def _backward(x, center, grad_mean, grad_var, mean_factor, var_factor, norm=None
     terms = (grad_mean is not None) + 2 * (grad_var is not None)
     own, steps = zip(
         *(
-            _rows_of(t, channels) if t is not None and t.numel() else (x, 0)
+            layout.unit_rows(t) if t is not None and t.numel() else (x, 0)
             for t in (center if terms >= 2 else None, grad_mean, grad_var)
         ),
         strict=True,
@@ -262,9 +262,31 @@ def batch_norm_parameter_backward(grad, x, running_mean, running_var, eps):
     return dweight, dbias
 
 
-def statistics_backward_list(xs, center, grad_mean, grad_var):
-    raise NotImplementedError
-
-
 def instance_statistics_list(xs):
-    raise NotImplementedError
+    """One launch for all but large and misaligned tensors; while a graph is captured, one per tensor."""
+    ways = [layout.walked(x) for x in xs]
+    starts, columns = lists.first_columns(xs)
+    mean, var = _pair(xs[0], xs[0].shape[0], columns)
+    table, alone = lists.sort(ways, starts, lists.statistics_kind)
+    lists.launch_statistics(mean, var, table, xs[0])
+    for i in alone:
+        own = slice(starts[i], starts[i] + xs[i].shape[1])
+        for out, values in zip((mean, var), instance_statistics(xs[i]), strict=True):
+            out[:, own] = values
+    return mean, var
+
+
+def statistics_backward_list(xs, center, grad_mean, grad_var):
+    """As `instance_statistics_list`."""
+    ways = [layout.walked(x) for x in xs]
+    starts, _ = lists.first_columns(xs)
+    results = [torch.empty_like(x) for x, _ in ways]
+    table, alone = lists.sort(ways, starts, lists.backward_kind, results)
+    lists.launch_backward(table, xs[0], center, grad_mean, grad_var)
+    for i in alone:
+        own = slice(starts[i], starts[i] + xs[i].shape[1])
+        rows = (None if t is None else t[:, own] for t in (center, grad_mean, grad_var))
+        values = xs[i].shape[2:].numel()
+        factor = 1.0 / values if values else math.nan
+        results[i] = _backward(xs[i], *rows, factor, 2.0 * factor)
+    return results

@@ -15,6 +15,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 from test_cuda_build import ARCHITECTURES, ROOT, compiled
+from test_statistics_cuda_code import SOURCES as STATISTICS
 
 # Kernels in each file.
 SOURCES = {
@@ -61,7 +62,7 @@ def code(request, tmp_path_factory):
 
 def test_every_source_is_read():
     found = {path.name for path in ROOT.glob("csrc/cuda/*.cu")}
-    assert found == {*SOURCES, "fake_quant.cu", "fake_quant_mask.cu"}
+    assert found == {*SOURCES, *STATISTICS, "fake_quant.cu", "fake_quant_mask.cu"}
 
 
 def test_nothing_spills(code):

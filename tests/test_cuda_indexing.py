@@ -1,4 +1,4 @@
-"""Index arithmetic and formulas of the CUDA kernels, built by a host compiler: no GPU, no memory past 2^31 elements."""
+"""Index arithmetic, formulas and grids of the CUDA kernels, built by a host compiler: no GPU, no memory past 2^31."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def test_index_arithmetic_and_formulas(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "least"), [("cuda_indexing", 1_000_000), ("statistics_plans", 1_000_000)])
+def test_index_arithmetic_and_formulas(name: str, least: int, tmp_path: Path) -> None:
     compiler = next(filter(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
-    program = tmp_path / "cuda_indexing"
+    program = tmp_path / name
     flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
-    source = ROOT / "tests/cuda_indexing.cpp"
+    source = ROOT / f"tests/{name}.cpp"
     subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
     child = subprocess.run([program], capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     counted = re.search(r"(\d+) checks, 0 failures", child.stdout)
-    assert counted is not None and int(counted[1]) > 1_000_000
+    assert counted is not None and int(counted[1]) > least

@@ -122,7 +122,7 @@ CLUSTERQ_INLINE void image_planes(const T* x, T* y, int64_t images, int64_t imag
 
 // Adds kRows folded rows to the sums. The last vector of a row that is no multiple of the lanes overlaps the one before
 // it and has sums of its own behind theirs, so that nothing is counted twice.
-template <class T, Mode mode, int kRows, bool kPrefetch>
+template <class T, Mode mode, int kRows>
 CLUSTERQ_INLINE void add_rows(const T* x, const T* g, T* y, int64_t width, const Compute<T>* shift,
                               const Compute<T>* center, const Compute<T>* scale, const Compute<T>* bias, Compute<T>* s1,
                               Compute<T>* s2) {
@@ -140,7 +140,8 @@ CLUSTERQ_INLINE void add_rows(const T* x, const T* g, T* y, int64_t width, const
     }
     for (int r = 0; r < kRows; ++r) {
       const int64_t i = r * width + o;
-      if constexpr (kPrefetch) __builtin_prefetch(x + i + kRows * width);
+      // The walk goes down the rows, which the hardware is slow to follow: fetch the next group's.
+      if constexpr (kRows > 1) __builtin_prefetch(x + i + kRows * width);
       accumulate<T, mode>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, k, vm, vs, vt, kL, a, b);
     }
     store(s1 + at, a);
@@ -158,22 +159,16 @@ CLUSTERQ_INLINE void rows(const T* x, const T* g, T* y, int64_t rows, int64_t ch
   const int64_t width = channels * fold, folded = rows / fold, tail = width % kL;
   std::fill_n(s1, width + kL, E(0));
   std::fill_n(s2, width + kL, E(0));
-  // Long rows are streams of their own, which the hardware is slow to follow: fetch the next group's.
-  const bool prefetch = width * sizeof(T) >= 1024;
   int64_t row = 0;
   for (; row + kRows <= folded; row += kRows) {
     const int64_t i = row * width;
     const T* gi = kDot ? g + i : nullptr;
     T* yi = kNorm ? y + i : nullptr;
-    if (prefetch) {
-      add_rows<T, mode, kRows, true>(x + i, gi, yi, width, shift, center, scale, bias, s1, s2);
-    } else {
-      add_rows<T, mode, kRows, false>(x + i, gi, yi, width, shift, center, scale, bias, s1, s2);
-    }
+    add_rows<T, mode, kRows>(x + i, gi, yi, width, shift, center, scale, bias, s1, s2);
   }
   for (; row < folded; ++row) {
     const int64_t i = row * width;
-    add_rows<T, mode, 1, false>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, width, shift, center, scale,
+    add_rows<T, mode, 1>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, width, shift, center, scale,
                                 bias, s1, s2);
   }
   for (int64_t i = width - tail; i < width; ++i) {

@@ -207,7 +207,7 @@ class GroupedPass {
   void range(int64_t s0, int64_t s1) {
     if (s0 >= s1) return;
     const int64_t channels = x_.channels, spatial = x_.spatial, image = channels * spatial;
-    std::vector<E> shift(channels), first(channels), second(channels), lanes(2 * channels * (64 / sizeof(E)));
+    std::vector<E> shift(channels), first(channels), second(channels), lanes(2 * 64 * (64 / sizeof(E)));
     std::vector<int32_t> suspects(channels + 1);
     // The first image is a good enough first shift.
     double* mean = table_.mean.get() + s0 * channels;
@@ -220,12 +220,17 @@ class GroupedPass {
     for (int64_t segment = s0; segment < s1; ++segment, mean += channels, m2 += channels) {
       const int64_t n = segment * group_, images = std::min(group_, x_.images - n);
       const T* from = data_ + n * image;
-      if (norm_.y == nullptr) {
-        kernels_.image_sums(from, images, image, channels, spatial, shift.data(), lanes.data(), first.data(),
-                            second.data());
-      } else {
-        kernels_.image_norm(from, norm_.y + n * image, images, image, channels, spatial, shift.data(), norm_.center,
-                            norm_.scale, norm_.bias, lanes.data(), first.data(), second.data());
+      // So many channels that their lanes stay in the L1 cache.
+      for (int64_t c = 0; c < channels; c += 64) {
+        const int64_t width = std::min<int64_t>(64, channels - c), at = c * spatial;
+        if (norm_.y == nullptr) {
+          kernels_.image_sums(from + at, images, image, width, spatial, shift.data() + c, lanes.data(),
+                              first.data() + c, second.data() + c);
+        } else {
+          kernels_.image_norm(from + at, norm_.y + n * image + at, images, image, width, spatial, shift.data() + c,
+                              norm_.center + c, norm_.scale + c, norm_.bias + c, lanes.data(), first.data() + c,
+                              second.data() + c);
+        }
       }
       const int64_t found = kernels_.finish(channels, static_cast<double>(images * spatial), shift.data(), first.data(),
                                             second.data(), mean, m2, suspects.data());
@@ -273,8 +278,8 @@ void normalize_rows(const View& x, const Tensor& y, const Parameters& parameters
 }
 
 int64_t images_per_group(const View& x) {
-  // A lane adds at most 128 values; accumulators of 128 bytes per channel stay in the L1 cache with a plane.
-  if (x.rows || x.spatial < 16 || x.channels > 1024) return 1;
+  // A lane adds at most about 128 values.
+  if (x.rows || x.spatial < 16) return 1;
   return std::clamp<int64_t>(2048 / x.spatial, 1, std::max<int64_t>(1, x.images / kShards));
 }
 

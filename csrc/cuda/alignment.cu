@@ -71,7 +71,7 @@ struct Norms {
 
 // kMerge: the statistics are merged here, else read. kLoss: they are compared here, else written.
 template <bool kMerge, bool kLoss, typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     alignment_kernel(const __grid_constant__ Alignment p, const __grid_constant__ Typed<A> t) {
   __shared__ double room[2][kWarps][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

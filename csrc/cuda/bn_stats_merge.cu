@@ -40,7 +40,7 @@ struct Single {
 };
 
 template <typename Source, typename A>
-__global__ void __launch_bounds__(kMostThreads) merge_kernel(const Source source, const MergeTask<A> task) {
+__global__ void __launch_bounds__(kMostThreads, 1) merge_kernel(const Source source, const MergeTask<A> task) {
   __shared__ double room[3][kMostThreads / 32][32];
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t group = blockIdx.x / task.tiles, first = group * task.step;

@@ -1,0 +1,85 @@
+"""Code of the CUDA kernels of the BatchNorm statistics and of the alignment loss: as `test_cuda_code.py` has it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+from test_cuda_build import ARCHITECTURES, compiled
+
+# Kernels in each file.
+SOURCES = {
+    "bn_stats_planes.cu": 24,
+    "bn_stats_rows.cu": 16,
+    "bn_stats_list.cu": 4,
+    "bn_stats_merge.cu": 6,
+    "bn_stats_backward.cu": 36,
+    "bn_stats_parameters.cu": 10,
+    "alignment.cu": 8,
+}
+ELEMENT = "(?:f|13__nv_bfloat16)f"
+PLANES = "plane_kernelILNS_4WalkE{}ELb{}E" + ELEMENT
+ROWS = "row_kernelILi[48]ELb{}E" + ELEMENT
+BACKWARD = "statistics_backward_kernelILb{}ELb{}ELi[48]E" + ELEMENT
+# Name -> (pattern of the mangled name, kernels it means, fewest 16-byte loads and stores of each, most instructions:
+# measured for the three architectures, and a tenth). Statistics alone store 16 bytes of moments.
+WIDE = {
+    "planes in registers": (PLANES.format(0, 0), 2, 4, 1, 710),
+    "planes by slabs": (PLANES.format(1, 0), 2, 4, 1, 690),
+    "large planes": (PLANES.format(2, 0), 2, 4, 1, 1250),
+    "planes in registers, BatchNorm": (PLANES.format(0, 1), 2, 4, 5, 990),
+    "planes by slabs, BatchNorm": (PLANES.format(1, 1), 2, 4, 4, 1050),
+    "large planes, BatchNorm": (PLANES.format(2, 1), 2, 4, 5, 1550),
+    "rows": (ROWS.format(0), 2, 8, 1, 1920),
+    "rows, BatchNorm": (ROWS.format(1), 2, 8, 9, 2360),
+    "list": (f"(?<!backward_)list_kernelI{ELEMENT}", 2, 16, 5, 4900),
+    "merge": ("merge_kernelINS0_6StoredEfE", 1, 16, 0, 1820),
+    "backward of planes": (BACKWARD.format(0, 0), 2, 2, 2, 820),
+    "backward of rows": (BACKWARD.format(1, 0), 2, 4, 4, 1080),
+    "backward of planes, BatchNorm": (BACKWARD.format(0, 1), 2, 4, 2, 1200),
+    "backward of rows, BatchNorm": (BACKWARD.format(1, 1), 2, 8, 4, 1430),
+    "backward list": (f"statistics_backward_list_kernelI{ELEMENT}", 2, 6, 6, 2800),
+    "parameters": (f"parameter_kernelILi[48]E{ELEMENT}", 2, 8, 0, 740),
+    "alignment": ("alignment_kernelILb[01]ELb1EfE", 2, 0, 0, 3330),
+}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def code(request, tmp_path_factory):
+    """{file: (ptxas report, {mangled kernel: machine code})} for one architecture."""
+    folder = tmp_path_factory.mktemp("cuda")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SOURCES, pool.map(lambda n: compiled(n, request.param, folder), SOURCES), strict=True))
+
+
+def test_nothing_spills(code):
+    for name, (report, kernels) in code.items():
+        frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+        entries = re.findall(r"Compiling entry function", report)
+        assert len(entries) == len(kernels) == SOURCES[name], name
+        # Kernels, and subroutines of division.
+        assert len(frames) >= len(kernels) and set(frames) == {("0", "0", "0")}, name
+        # 128 registers are four blocks of 128 threads on a multiprocessor.
+        assert max(int(n) for n in re.findall(r"Used (\d+) registers", report)) <= 128, name
+
+
+def test_wide_kernels(code):
+    every = {name: listing for _, kernels in code.values() for name, listing in kernels.items()}
+    found = {}
+    for what, (pattern, count, loads, stores, limit) in WIDE.items():
+        kernels = {name: listing for name, listing in every.items() if re.search(pattern, name)}
+        assert len(kernels) == count, (what, list(kernels))
+        for name, listing in kernels.items():
+            assert len(re.findall(r"\bLDG\.E\S*\.128", listing)) >= loads, name
+            assert len(re.findall(r"\bSTG\.E\S*\.128", listing)) >= stores, name
+        instructions = [
+            len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", c, re.MULTILINE)) for c in kernels.values()
+        ]
+        found[what] = (max(instructions), limit)
+    # Far below the bound the pattern no longer reads the listing.
+    assert all(limit / 3 < most <= limit for most, limit in found.values()), found
