@@ -4,10 +4,10 @@
     pytest bench/bench_bn_stats.py --benchmark-only
 
 Every result is compared with float64 before anything is timed, and the largest relative errors of the variance stand
-beside the times. `statistics` is per channel over batch and positions; `sum` is the floor of it, one read of x. `forward`
-is eval-mode BatchNorm plus the statistics of its input against `F.batch_norm` alone; `backward` adds both gradients in one
-pass, against BatchNorm's own input gradient alone. `hard data` has values that break the usual shortcuts. On a machine that
-does other work, 2 threads wait for the slower one: `--threads 1` suffers less.
+beside the times. `statistics` is per channel over batch and positions; `sum` is the floor of it, one read of x.
+`forward` is eval-mode BatchNorm plus the statistics of its input against `F.batch_norm` alone; `backward` adds both
+gradients in one pass, against BatchNorm's own input gradient alone. `hard data` has values that break the usual
+shortcuts. On a machine that does other work, 2 threads wait for the slower one: `--threads 1` suffers less.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SHAPES = (
     *((shape, dtype, layout) for shape in PLANES for layout in (DENSE, LAST) for dtype in DTYPES),
     *(((8192, 512), dtype, DENSE) for dtype in DTYPES),
 )
+OURS = ("clusterq", "clusterq per image")
 QUICK = (((8, 16, 14, 14), torch.float32, DENSE), ((8, 16, 14, 14), torch.bfloat16, LAST))
 
 
@@ -115,6 +116,11 @@ def hard_cases() -> Iterator[Case]:
             yield Case("hard data", f"{name}{' channels_last' * (layout == LAST)}", contestants, note=errors(x))
 
 
+def promised(x: Tensor, bar: Bar) -> dict[str, Bar]:
+    """For statistics of either kind; with one value per image and channel those per image are as large as x."""
+    return dict.fromkeys(OURS if x.dim() > 2 else OURS[:1], bar)
+
+
 def forward_case(x: Tensor) -> Case:
     weight, bias, mean, var = (torch.rand(x.shape[1]) + 0.1 for _ in range(4))
     arguments = (x, weight, bias, mean, var, 1e-5)
@@ -127,32 +133,29 @@ def forward_case(x: Tensor) -> Case:
         "clusterq per image": lambda: ops.batch_norm_with_instance_statistics(*arguments),
         "F.batch_norm": lambda: F.batch_norm(x, mean, var, weight, bias),
     }
-    ours = ("clusterq", "clusterq per image")
-    bar = Bar("F.batch_norm", 1.1, "at most x of the time")
-    return Case("forward", detail(x), contestants, dict.fromkeys(ours, bar), ours=ours)
+    return Case(
+        "forward", detail(x), contestants, promised(x, Bar("F.batch_norm", 1.1, "at most x of the time")), ours=OURS
+    )
 
 
 def backward_case(x: Tensor) -> Case:
-    """`grad * scale + a * (x - center) + b` against the first term alone."""
+    """`grad * scale + a * (x - center) + b` against the first term alone; a, b and center per channel, or per image."""
     weight, mean, var = (torch.rand(x.shape[1]) + 0.1 for _ in range(3))
     grad, unused = torch.randn_like(x), torch.zeros(x.shape[1])
-    center, a, b = (torch.randn(x.shape[:2]) for _ in range(3))
-    arguments = (grad, x, weight, var, 1e-5, center, b, a, 0.5, 2.0)
-    scale = weight.double() / torch.sqrt(var.double() + 1e-5)
-    c, s, t, w = (per_channel(v, x).double() for v in (center, a, b, scale))
-    exact = grad.double() * w + 2 * s * (x.double() - c) + 0.5 * t
-    # Terms reach about 80 and may cancel, where float32 keeps 2e-6 of each.
-    torch.testing.assert_close(
-        OP.batch_norm_statistics_backward(*arguments).double(), exact, rtol=2 * torch.finfo(x.dtype).eps, atol=4e-5
+    scale = per_channel(weight.double() / torch.sqrt(var.double() + 1e-5), x)
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, rows in zip(OURS, (1, x.shape[0]), strict=True):
+        center, a, b = (torch.randn(rows, x.shape[1]) for _ in range(3))
+        calls[name] = partial(OP.batch_norm_statistics_backward, grad, x, weight, var, 1e-5, center, b, a, 0.5, 2.0)
+        c, s, t = (per_channel(v, x).double() for v in (center, a, b))
+        exact = grad.double() * scale + 2 * s * (x.double() - c) + 0.5 * t
+        # Terms reach about 80 and may cancel, where float32 keeps 2e-6 of each.
+        torch.testing.assert_close(calls[name]().double(), exact, rtol=2 * torch.finfo(x.dtype).eps, atol=4e-5)
+    calls["native_batch_norm_backward"] = lambda: torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, var, unused, unused, False, 1e-5, [True, False, False]
     )
-    contestants = {
-        "clusterq": lambda: OP.batch_norm_statistics_backward(*arguments),
-        "native_batch_norm_backward": lambda: torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, unused, unused, False, 1e-5, [True, False, False]
-        ),
-    }
     bar = Bar("native_batch_norm_backward", 1.15, "at most x of the time")
-    return Case("backward", detail(x), contestants, bar)
+    return Case("backward", detail(x), calls, promised(x, bar), ours=OURS)
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -165,7 +168,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield from hard_cases()
 
 
-@pytest.mark.parametrize("contestant", ["clusterq", "var_mean", "mean+var", "batch_norm_update_stats", "native_batch_norm"])
+@pytest.mark.parametrize(
+    "contestant", ["clusterq", "var_mean", "mean+var", "batch_norm_update_stats", "native_batch_norm"]
+)
 def test_statistics(benchmark: Any, contestant: str) -> None:
     torch.manual_seed(0)
     next(statistics_cases(torch.randn(64, 64, 56, 56))).benchmark(benchmark, contestant)

@@ -1,7 +1,7 @@
 """The alignment losses as a dozen torch operations on the statistics of all layers, for comparison with the op.
 
-Statistics of all layers side by side, [.., D] with D = sum of the layers' channels, and a weight per column that expresses
-the reduction over channels and layers. Equations: ClusterQ, arXiv 2205.00179v1.
+Statistics of all layers side by side, [.., D] with D = sum of the layers' channels, and a weight per column that
+expresses the reduction over channels and layers. Equations: ClusterQ, arXiv 2205.00179v1.
 """
 
 from __future__ import annotations

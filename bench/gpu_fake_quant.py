@@ -13,27 +13,24 @@ before anything is timed; a case whose results differ is printed as WRONG and th
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import bench_fake_quant as cpu
 import torch
 from fake_quant_peers import Grid, able, installed
-from harness import OURS, Bar, Call, Case, Record, Row, gather_facts
+from gpu_harness import launchers, run
+from harness import OURS, Bar, Call, Case
 from torch import Tensor
 
 from clusterq import ops
 from clusterq.ops import _fake_quant_mask_reference as mask_reference
 from clusterq.ops import _fake_quant_reference as reference
 
-OP = torch.ops.clusterq
-TRITON = f"{OURS} triton"
-MIN_TIME = 1e-2
+MODULES = ("fake_quant", "fake_quant_mask")
 # 205 MB in float32 and 103 MB in bfloat16; and the shape of FlagGems' published figure.
 LARGE, MATRIX = (256, 64, 56, 56), (4096, 4096)
 SIZES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
@@ -41,19 +38,6 @@ SIZES = (1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24)
 FLAGGEMS = 0.309 / 0.219
 OPS = ("fake_quantize", "fake_quantize_backward", "fake_quantize_masked", "fake_quantize_masked_backward",
        "fake_quantize_learned_backward", "fake_quantize_weight", "observe_fake_quantize", "finite_range")  # fmt: skip
-
-
-def launchers(device: str) -> Mapping[str, Callable[..., Any]]:
-    """The kernels of an op by contestant: name -> function of the op's name and arguments."""
-    found: dict[str, Callable[..., Any]] = {OURS: lambda name, *arguments: getattr(OP, name)(*arguments)}
-    if device == "cuda":
-        from clusterq.kernels import fake_quant, fake_quant_mask
-
-        def triton(name: str, *arguments: Any) -> Any:
-            return getattr(fake_quant if hasattr(fake_quant, name) else fake_quant_mask, name)(*arguments)
-
-        found[TRITON] = triton
-    return found
 
 
 def check(case: str, ours: Any, wanted: Any) -> None:
@@ -71,12 +55,12 @@ def op_case(
     title: str, x: Tensor, name: str, arguments: tuple[Any, ...], floor: str, bar: Bar | None = None, **peers: Call
 ) -> Case:
     """One op by every kernel there is, checked against the reference on the same data; the bar is for each of them."""
-    kernels = launchers(x.device.type)
+    kernels = launchers(x.device.type, MODULES)
     module = reference if hasattr(reference, name) else mask_reference
-    for kernel, run in kernels.items():
-        check(f"{title} {kernel}", run(name, *arguments), getattr(module, name)(*arguments))
+    for kernel, call in kernels.items():
+        check(f"{title} {kernel}", call(name, *arguments), getattr(module, name)(*arguments))
     moved = x if floor == "clone" else torch.empty(3 * x.numel() // 2, dtype=x.dtype)
-    calls: dict[str, Call] = {kernel: functools.partial(run, name, *arguments) for kernel, run in kernels.items()}
+    calls: dict[str, Call] = {kernel: functools.partial(call, name, *arguments) for kernel, call in kernels.items()}
     kept, note = able({**calls, floor: moved.clone, **peers}, title)
     bars = {kernel: bar for kernel in kernels} if bar is not None and bar.peer in kept else None
     return Case(title, cpu.detail(x), kept, bars, note, ours=tuple(kernels))
@@ -195,55 +179,5 @@ def eager_weight(w: Tensor) -> Tensor:
 GROUPS = (bandwidth, against_torch, sizes, whole)
 
 
-def on_device(device: str, quick: bool) -> Iterator[Callable[[], Case]]:
-    """The cases of all groups, each to be built before the next is asked for: their tensors are made on `device`."""
-    torch.set_default_device(device)
-    for group in GROUPS:
-        for build in group(quick):
-            yield build
-            torch.set_default_device(device)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="small shapes, no bars")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    cuda = options.device == "cuda"
-    facts = gather_facts("fake_quant", OPS, threads=torch.get_num_threads(), repeats=options.repeats,
-                         quick=options.quick, allocator="system")  # fmt: skip
-    serving = {row.op: row.kernel for row in ops.backends() if row.device == options.device}
-    facts = replace(
-        facts,
-        command=f"python bench/gpu_fake_quant.py --repeats {options.repeats}",
-        processor=torch.cuda.get_device_name() if cuda else facts.processor,
-        kernels={op: serving[op] for op in OPS},
-    )
-    print(facts, flush=True)
-    rows: list[Row] = []
-    wrong = 0
-    timer = {"min_time": 1e-4 if options.quick else MIN_TIME}
-    if cuda:
-        timer["synchronize"] = torch.cuda.synchronize
-    for build in on_device(options.device, options.quick):
-        try:
-            case = build()
-        except AssertionError as error:
-            wrong += 1
-            print(f"WRONG {error}", flush=True)
-            continue
-        # While a default device is set every call of torch's functions costs some microseconds more.
-        torch.set_default_device(None)
-        for row in case.measure(options.repeats, quick=options.quick, **timer):
-            rows.append(row)
-            print(row, flush=True)
-    Record("gpu_fake_quant", facts, rows).write(options.json)
-    print(f"{wrong} cases were wrong, {sum(row.met is False for row in rows)} bars missed", flush=True)
-    return 1 if wrong else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("fake_quant", __doc__, GROUPS, OPS))

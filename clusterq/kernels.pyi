@@ -60,3 +60,79 @@ class fake_quant:
         axis: int | None,
         activation: str,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+class bn_stats:
+    @staticmethod
+    def instance_statistics(x: Tensor) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def instance_statistics_list(xs: list[Tensor]) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def batch_norm_statistics(x: Tensor, correction: int, weights: Tensor | None) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def class_statistics(
+        x: Tensor, labels: Tensor, num_classes: int, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+    @staticmethod
+    def batch_norm_instance_statistics(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @staticmethod
+    def batch_norm_batch_statistics(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @staticmethod
+    def statistics_backward(
+        x: Tensor,
+        center: Tensor,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+        mean_factor: float,
+        var_factor: float,
+    ) -> Tensor: ...
+    @staticmethod
+    def statistics_backward_list(
+        xs: list[Tensor], center: Tensor, grad_mean: Tensor | None, grad_var: Tensor | None
+    ) -> list[Tensor]: ...
+    @staticmethod
+    def batch_norm_statistics_backward(
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        running_var: Tensor,
+        eps: float,
+        center: Tensor,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+        mean_factor: float,
+        var_factor: float,
+    ) -> Tensor: ...
+    @staticmethod
+    def batch_norm_parameter_backward(
+        grad: Tensor, x: Tensor, running_mean: Tensor, running_var: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+class alignment:
+    @staticmethod
+    def alignment_loss(
+        mean: Tensor,
+        var: Tensor,
+        target_mean: Tensor,
+        target_spread: Tensor,
+        columns: Tensor,
+        starts: Tensor,
+        weight: float,
+        squared: bool,
+        floor: float | None,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        slots: int,
+        first: int,
+        class_mean: Tensor | None,
+        class_spread: Tensor | None,
+        known: Tensor | None,
+        class_weights: list[float],
+        class_average: bool,
+        merged_count: Tensor | None,
+        merged_mean: Tensor | None,
+        merged_var: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...

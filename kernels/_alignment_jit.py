@@ -12,11 +12,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _inside(image, images, slot, labels_ptr, mask_ptr, MASKED: tl.constexpr):
+def _inside(image, images, group, labels_ptr, mask_ptr, SLOTS: tl.constexpr, MASKED: tl.constexpr):
+    """Images of a group."""
     inside = image < images
-    if MASKED:
-        inside = inside & (tl.load(mask_ptr + image, mask=inside, other=0) != 0)
-    return inside & (tl.load(labels_ptr + image, mask=inside, other=-1) == slot)
+    if SLOTS:
+        own = tl.load(labels_ptr + image, mask=inside, other=-1) == group - 1
+        if MASKED:
+            own = own & (tl.load(mask_ptr + image, mask=inside, other=0) != 0)
+        inside = inside & ((group == 0) | own)
+    return inside
 
 
 @triton.jit
@@ -30,10 +34,7 @@ def _merged(
     start = 0
     while start < images:
         image = start + tl.arange(0, BLOCK_N)
-        inside = image < images
-        if SLOTS:
-            if group > 0:
-                inside = _inside(image, images, group - 1, labels_ptr, mask_ptr, MASKED)
+        inside = _inside(image, images, group, labels_ptr, mask_ptr, SLOTS, MASKED)
         number += inside.to(tl.int32)
         at = mean_ptr + image.to(tl.int64)[:, None] * mean_step + col[None, :]
         total += tl.load(at, mask=inside[:, None] & valid[None, :], other=0.0).to(tl.float64)
@@ -45,10 +46,7 @@ def _merged(
     start = 0
     while start < images:
         image = start + tl.arange(0, BLOCK_N)
-        inside = image < images
-        if SLOTS:
-            if group > 0:
-                inside = _inside(image, images, group - 1, labels_ptr, mask_ptr, MASKED)
+        inside = _inside(image, images, group, labels_ptr, mask_ptr, SLOTS, MASKED)
         chosen = inside[:, None] & valid[None, :]
         row = image.to(tl.int64)[:, None]
         d = tl.load(mean_ptr + row * mean_step + col[None, :], mask=chosen, other=0.0).to(tl.float64) - center[None, :]
@@ -69,7 +67,7 @@ def _spread(var, floor, ROOT: tl.constexpr):
 
 @triton.jit
 def _weight(w0, w1, w2, w3, TERM: tl.constexpr):
-    if TERM == 0:
+    if TERM == 0:  # noqa: SIM116 (the compiler reads no dictionary)
         return w0
     elif TERM == 1:
         return w1

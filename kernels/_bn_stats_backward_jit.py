@@ -114,8 +114,8 @@ def flat_backward_kernel(
     stop = planes.to(tl.int64) * cols
     if start + BLOCK <= stop:
         gradient(
-            dx_ptr + start, x_ptr + start, grad_ptr + start, index, index >= 0, own_center, own_a, own_b, own_scale, real,
-            TERMS, NORM,
+            dx_ptr + start, x_ptr + start, grad_ptr + start, index, index >= 0, own_center, own_a, own_b, own_scale,
+            real, TERMS, NORM,
         )  # fmt: skip
     else:
         gradient(
@@ -124,14 +124,14 @@ def flat_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "channels", "col_groups", "of_image", "center_step", "mean_step", "var_step"])
+@triton.jit(do_not_specialize=["rows", "channels", "col_groups", "of_image"])
 def inner_backward_kernel(
     dx_ptr, x_ptr, grad_ptr, center_ptr, grad_mean_ptr, grad_var_ptr, weight_ptr, var_ptr, rows, channels, col_groups,
     of_image, center_step, mean_step, var_step, mean_factor: "fp64", var_factor: "fp64", eps: "fp64",  # noqa: F821
-    TERMS: tl.constexpr, NORM: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    TERMS: tl.constexpr, NORM: tl.constexpr, EACH: tl.constexpr, FOLD: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one segment of x [segments, rows, cols], the channel of a column is column % channels.
+    """A tile of one segment of x [segments, rows, cols]. FOLD: the channel of a column is column % channels.
 
     The image is the segment; EACH: there is one segment, and of_image rows belong to an image.
     """
@@ -144,10 +144,12 @@ def inner_backward_kernel(
     pid = tl.program_id(0)
     col = (pid % col_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     segment = (pid // col_blocks // row_blocks).to(tl.int64)
-    row = (pid // col_blocks % row_blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    block = pid // col_blocks % row_blocks
+    # A division of int32 is the cheaper one.
+    row = (block if EACH else block.to(tl.int64)) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = col < cols
     mask = (row < rows)[:, None] & valid[None, :]
-    channel = col % channels
+    channel = col % channels if FOLD else col
     if EACH:
         image = (row // of_image).to(tl.int64)[:, None]
         own = channel[None, :]
@@ -174,11 +176,10 @@ def inner_backward_kernel(
 @triton.jit(do_not_specialize=["planes", "channels", "col_groups", "parts", "tiles"])
 def planes_parameter_kernel(
     partial_ptr, x_ptr, grad_ptr, mean_ptr, planes, channels, col_groups, parts, tiles,
-    EXACT: tl.constexpr, VEC: tl.constexpr, MANY: tl.constexpr, GROUP: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    SINGLE: tl.constexpr, EXACT: tl.constexpr, VEC: tl.constexpr, MANY: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Sums of grad * (x - mean) and of grad per plane and part: partial [2, images, parts, channels] float64."""
-    real: tl.constexpr = compute_type(x_ptr.dtype)
     cols = columns(col_groups, GROUP)
     pid = tl.program_id(0)
     first = (pid // parts).to(tl.int64) * BLOCK_G
@@ -186,24 +187,26 @@ def planes_parameter_kernel(
     row = tl.arange(0, BLOCK_G)
     valid = first + row < planes
     image, channel = image_and_channel(first, row, channels, MANY)
-    begin = part * tiles * BLOCK_K + cols * 0
+    begin = part * (tiles * BLOCK_K + cols * 0)
     width = tl.minimum(cols - begin, tiles * BLOCK_K)
     last = (tl.minimum(first + BLOCK_G, planes) - 1) * cols + begin + width
-    tail = (last + VEC - 1) // VEC * VEC > planes * cols
+    tail = (last + VEC - 1) // VEC * VEC > planes.to(tl.int64) * cols
     mean = tl.load(mean_ptr + channel, mask=valid, other=0.0)[:, None]
-    product = tl.zeros([BLOCK_G, BLOCK_K], real)
-    total = tl.zeros([BLOCK_G, BLOCK_K], real)
-    start = begin * 0
-    while start < width + VEC - 1:
-        x, mask, _, _ = plane_tile(
-            x_ptr, first, planes, cols, begin, width, start, tail, EXACT, VEC, BLOCK_G, BLOCK_K
-        )  # fmt: skip
-        grad, mask, _, _ = plane_tile(
-            grad_ptr, first, planes, cols, begin, width, start, tail, EXACT, VEC, BLOCK_G, BLOCK_K
-        )  # fmt: skip
-        product += grad * (x - mean)
-        total += grad
-        start += BLOCK_K
+    x, _, _, _ = plane_tile(x_ptr, first, planes, cols, begin, width, 0, tail, EXACT, VEC, BLOCK_G, BLOCK_K)
+    total, _, _, _ = plane_tile(grad_ptr, first, planes, cols, begin, width, 0, tail, EXACT, VEC, BLOCK_G, BLOCK_K)
+    product = total * (x - mean)
+    if not SINGLE:
+        start = begin * 0 + BLOCK_K
+        while start < width + VEC - 1:
+            x, _, _, _ = plane_tile(
+                x_ptr, first, planes, cols, begin, width, start, tail, EXACT, VEC, BLOCK_G, BLOCK_K
+            )  # fmt: skip
+            grad, _, _, _ = plane_tile(
+                grad_ptr, first, planes, cols, begin, width, start, tail, EXACT, VEC, BLOCK_G, BLOCK_K
+            )  # fmt: skip
+            product += grad * (x - mean)
+            total += grad
+            start += BLOCK_K
     at = partial_ptr + (image * parts + part) * channels + channel
     tl.store(at, tl.sum(product, 1).to(tl.float64), mask=valid)
     tl.store(at + planes.to(tl.int64) * parts, tl.sum(total, 1).to(tl.float64), mask=valid)
@@ -212,9 +215,9 @@ def planes_parameter_kernel(
 @triton.jit(do_not_specialize=["rows", "channels", "col_groups", "parts", "tiles"])
 def inner_parameter_kernel(
     partial_ptr, x_ptr, grad_ptr, mean_ptr, rows, channels, col_groups, parts, tiles,
-    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    FOLD: tl.constexpr, GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The same of a part of x [rows, cols]: partial [2, parts, cols]; the channel is column % channels."""
+    """The same of a part of x [rows, cols]: partial [2, parts, cols]. FOLD: the channel is column % channels."""
     real: tl.constexpr = compute_type(x_ptr.dtype)
     cols = columns(col_groups, GROUP)
     col_blocks = tl.cdiv(cols, BLOCK_K)
@@ -222,14 +225,14 @@ def inner_parameter_kernel(
     col = (pid % col_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     part = pid // col_blocks
     valid = col < cols
-    start = part * tiles * BLOCK_R
+    start = part.to(tl.int64) * (tiles * BLOCK_R)
     stop = tl.minimum(rows, start + tiles * BLOCK_R)
-    mean = tl.load(mean_ptr + col % channels, mask=valid, other=0.0)[None, :]
+    mean = tl.load(mean_ptr + (col % channels if FOLD else col), mask=valid, other=0.0)[None, :]
     product = tl.zeros([BLOCK_R, BLOCK_K], real)
     total = tl.zeros([BLOCK_R, BLOCK_K], real)
     while start < stop:
         row = start + tl.arange(0, BLOCK_R)
-        offs = row.to(tl.int64)[:, None] * cols + col[None, :]
+        offs = row[:, None] * cols + col[None, :]
         mask = (row < stop)[:, None] & valid[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(real)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(real)

@@ -1,4 +1,4 @@
-"""Triton kernels of the BatchNorm statistics: moments of parts of a tensor, and the merge of the parts.
+"""Triton kernels of the BatchNorm statistics: moments of parts of a tensor, and BatchNorm of them in the same pass.
 
 x is walked in memory order. Planes: [planes, cols], plane n * channels + c holds the cols values of an image and
 channel. Inner: [segments, rows, cols], the channel is the fastest dimension and a segment is an image or the batch.
@@ -6,7 +6,7 @@ channel. Inner: [segments, rows, cols], the channel is the fastest dimension and
 A program shifts its values by c, close to their mean, and sums d = x - c and d^2: mean = c + sum(d) / n and
 M2 = sum(d^2) - sum(d)^2 / n. c is the mean of the one tile that the program keeps in registers, or of the first of at
 most MOST_TILES tiles, where the subtraction costs at most their number in roundings. What another program reads is
-float64, and `merge_kernel` merges it in a fixed order. Squares of (d * 2^-72) stand in where those of d overflow
+float64; `_bn_stats_merge_jit` merges it in a fixed order. Squares of (d * 2^-72) stand in where those of d overflow
 float32; the other sums are scaled by 2^-12 for the same reason.
 """
 
@@ -15,9 +15,6 @@ import triton.language as tl
 
 from ._fake_quant_jit import cast, columns
 
-INSTANCE = tl.constexpr(0)
-BATCH = tl.constexpr(1)
-CLASS = tl.constexpr(2)
 SMALL = tl.constexpr(2.0**-72)
 LARGE = tl.constexpr(2.0**72)
 
@@ -64,7 +61,9 @@ def inverse_root(var, eps):
 
 
 @triton.jit
-def batch_norm_of(weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, mask, eps, real: tl.constexpr, AFFINE: tl.constexpr):
+def batch_norm_of(
+    weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, mask, eps, real: tl.constexpr, AFFINE: tl.constexpr
+):  # fmt: skip
     """Center, scale and shift of y = (x - center) * scale + shift. AFFINE: 1 with weight, 2 with bias, 3 with both."""
     center = tl.load(mean_ptr + channel, mask=mask, other=0.0)
     scale = inverse_root(tl.load(var_ptr + channel, mask=mask, other=1.0), eps)
@@ -191,10 +190,10 @@ def planes_kernel(
     row = tl.arange(0, BLOCK_G)
     valid = first + row < planes
     image, channel = image_and_channel(first, row, channels, MANY)
-    begin = part * tiles * BLOCK_K + cols * 0
+    begin = part * (tiles * BLOCK_K + cols * 0)
     width = tl.minimum(cols - begin, tiles * BLOCK_K)
     last = (tl.minimum(first + BLOCK_G, planes) - 1) * cols + begin + width
-    tail = (last + VEC - 1) // VEC * VEC > planes * cols
+    tail = (last + VEC - 1) // VEC * VEC > planes.to(tl.int64) * cols
     if NORM >= 0 and VEC == 1:
         center, scale, shift = batch_norm_of(
             weight_ptr, bias_ptr, mean_ptr, var_ptr, channel, valid, eps, real, NORM
@@ -250,17 +249,17 @@ def planes_kernel(
         tl.store(second_ptr + at, var, mask=valid)
 
 
-@triton.jit(do_not_specialize=["segments", "rows", "channels", "col_groups", "parts", "tiles"])
+@triton.jit(do_not_specialize=["rows", "channels", "col_groups", "parts", "tiles"])
 def inner_kernel(
     y_ptr, first_ptr, second_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, rows, channels, col_groups, parts,
     tiles, inverse: "fp64", inverse_last: "fp64", eps: "fp64",  # noqa: F821 (Triton's names of scalar types)
-    NORM: tl.constexpr, FINAL: tl.constexpr, SINGLE: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORM: tl.constexpr, FINAL: tl.constexpr, SINGLE: tl.constexpr, EACH: tl.constexpr, FOLD: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Moments of BLOCK_K columns of a part, `tiles` tiles high, of one segment of x [segments, rows, cols].
 
-    The channel of a column is column % channels. FINAL: mean and variance; else the same in float64, [segments, parts,
-    cols]. EACH: of every element for itself.
+    FOLD: the channel of a column is column % channels. FINAL: mean and variance; else the same in float64, [segments,
+    parts, cols]. EACH: of every element for itself.
     """
     real: tl.constexpr = compute_type(x_ptr.dtype)
     rescale: tl.constexpr = overflows(x_ptr.dtype)
@@ -273,15 +272,15 @@ def inner_kernel(
     part = pid // col_blocks % parts
     inverse = tl.full((), inverse if part < parts - 1 else inverse_last, real if FINAL else tl.float64)
     valid = col < cols
-    start = part * tiles * BLOCK_R
+    start = part.to(tl.int64) * (tiles * BLOCK_R)
     stop = tl.minimum(rows, start + tiles * BLOCK_R)
     x_ptr += segment * rows * cols
     y_ptr += segment * rows * cols
     if NORM >= 0:
         center, scale, shift = batch_norm_of(
-            weight_ptr, bias_ptr, mean_ptr, var_ptr, col % channels, valid, eps, real, NORM
+            weight_ptr, bias_ptr, mean_ptr, var_ptr, col % channels if FOLD else col, valid, eps, real, NORM
         )  # fmt: skip
-    row = start.to(tl.int64) + tl.arange(0, BLOCK_R)
+    row = start + tl.arange(0, BLOCK_R)
     offs = row[:, None] * cols + col[None, :]
     mask = (row < stop)[:, None] & valid[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(real)
@@ -303,7 +302,7 @@ def inner_kernel(
         square_tile = tl.zeros([BLOCK_R, BLOCK_K], real)
         small_tile = tl.zeros([BLOCK_R, BLOCK_K], real)
         while start < stop:
-            row = start.to(tl.int64) + tl.arange(0, BLOCK_R)
+            row = start + tl.arange(0, BLOCK_R)
             offs = row[:, None] * cols + col[None, :]
             mask = (row < stop)[:, None] & valid[None, :]
             x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(real)
@@ -324,88 +323,3 @@ def inner_kernel(
         at = (segment * parts + part) * cols + col
         tl.store(first_ptr + at, mean, mask=valid)
         tl.store(second_ptr + at, var, mask=valid)
-
-
-@triton.jit(do_not_specialize=["rows", "channels", "parts", "fold", "length", "values", "correction"])
-def merge_kernel(
-    mean_ptr, var_ptr, count_ptr, total_ptr, center_ptr, spread_ptr, label_ptr, weight_ptr, rows, channels, parts,
-    fold, length, values, correction,
-    MODE: tl.constexpr, PLAIN: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Merges rows of moments [rows, channels] of one image, of the batch, or of one class, in a fixed order.
-
-    Row r is part r // fold % parts, `length` of an image's `values` values, of image r // fold // parts. PLAIN: center
-    is x itself, one value per image and channel.
-    """
-    real: tl.constexpr = mean_ptr.dtype.element_ty
-    blocks = tl.maximum(tl.cdiv(channels, BLOCK_C), 1)
-    pid = tl.program_id(0)
-    group = pid // blocks
-    channel = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    valid = channel < channels
-    low = group * parts * fold if MODE == INSTANCE else group * 0
-    high = low + parts * fold if MODE == INSTANCE else low + rows
-    images = tl.zeros([BLOCK_S], tl.int32)
-    shares = tl.zeros([BLOCK_S], tl.float64)
-    mass = tl.zeros([BLOCK_S], tl.float64)
-    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
-    start = low
-    while start < high:
-        row = start + tl.arange(0, BLOCK_S)
-        inside, share, size = _row(
-            row, high, group, label_ptr, weight_ptr, parts, fold, length, values, MODE, WEIGHTED
-        )  # fmt: skip
-        images += inside.to(tl.int32)
-        shares += share
-        mass += share * size
-        mask = inside[:, None] & valid[None, :]
-        at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-        total += (share * size)[:, None] * tl.load(center_ptr + at, mask=mask, other=0.0).to(tl.float64)
-        start += BLOCK_S
-    weight = tl.sum(mass, 0)
-    mean = tl.sum(total, 0) / weight
-    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
-    start = low
-    while start < high:
-        row = start + tl.arange(0, BLOCK_S)
-        inside, share, size = _row(
-            row, high, group, label_ptr, weight_ptr, parts, fold, length, values, MODE, WEIGHTED
-        )  # fmt: skip
-        mask = inside[:, None] & valid[None, :]
-        at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-        d = tl.load(center_ptr + at, mask=mask, other=0.0).to(tl.float64) - mean[None, :]
-        spread = d * d
-        if not PLAIN:
-            spread += tl.load(spread_ptr + at, mask=mask, other=0.0)
-        total += tl.where(mask, (share * size)[:, None] * spread, 0.0)
-        start += BLOCK_S
-    divisor = weight - correction
-    var = tl.sum(total, 0) / tl.where(divisor > 0.0, divisor, float("nan"))
-    if MODE == CLASS:
-        number = tl.sum(images, 0) // (parts * fold)
-        mean = tl.where(number > 0, mean, 0.0)
-        var = tl.where(number > 0, var, 0.0)
-        if pid % blocks == 0:
-            tl.store(count_ptr + group, number.to(tl.int64))
-            tl.store(total_ptr + group, (tl.sum(shares, 0) / (parts * fold)).to(real))
-    at = group.to(tl.int64) * channels + channel
-    tl.store(mean_ptr + at, mean.to(real), mask=valid)
-    tl.store(var_ptr + at, var.to(real), mask=valid)
-
-
-@triton.jit
-def _row(
-    row, high, group, label_ptr, weight_ptr, parts, fold, length, values, MODE: tl.constexpr, WEIGHTED: tl.constexpr
-):  # fmt: skip
-    """Whether a row enters, the weight of its image (0 where not), and the number of its values."""
-    inside = row < high
-    number = row // fold
-    image = number // parts
-    if MODE == CLASS:
-        inside = inside & (tl.load(label_ptr + image, mask=inside, other=-1) == group)
-    share = tl.full(row.shape, 1.0, tl.float64)
-    if WEIGHTED:
-        share = tl.load(weight_ptr + image, mask=inside, other=0).to(tl.float64)
-        inside = inside & (share != 0.0)
-    share = tl.where(inside, share, 0.0)
-    return inside, share, tl.minimum(values - (number - image * parts) * length, length).to(tl.float64)

@@ -75,7 +75,8 @@ def _planes(
 
 @triton.jit
 def _inner(
-    mean_ptr, var_ptr, x_ptr, pid, width, channels, rows, VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr
+    mean_ptr, var_ptr, x_ptr, pid, width, channels, rows,
+    VEC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """VEC divides the channels."""
     real: tl.constexpr = mean_ptr.dtype.element_ty
@@ -121,15 +122,15 @@ def instance_list_kernel(
     mean_ptr += begin
     var_ptr += begin
     if kind == NARROW:
-        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 128, 16)
+        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 64, 16)
     elif kind == MIDDLE:
-        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 16, 128)
+        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 8, 128)
     elif kind == BROAD:
-        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 2, 1024)
+        _planes(mean_ptr, var_ptr, x_ptr, pid, images, width, channels, values, VEC, False, 1, 1024)
     elif kind == INNER:
-        _inner(mean_ptr, var_ptr, x_ptr, pid, width, channels, values, VEC, 64, 32)
+        _inner(mean_ptr, var_ptr, x_ptr, pid, width, channels, values, VEC, 32, 32)
     elif kind == UNALIGNED:
-        _inner(mean_ptr, var_ptr, x_ptr, pid, width, channels, values, 1, 64, 32)
+        _inner(mean_ptr, var_ptr, x_ptr, pid, width, channels, values, 1, 32, 32)
     else:
         col_blocks = tl.cdiv(channels, 64)
         image = pid // col_blocks * 32 + tl.arange(0, 32)
@@ -181,15 +182,16 @@ def _inner_gradient(
 ):  # fmt: skip
     cols = channels // VEC * VEC
     col_blocks = tl.cdiv(cols, BLOCK_K)
-    row = (pid // col_blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = pid // col_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     col = pid % col_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-    image = row // rows
+    image = (row // rows).to(tl.int64)
     mask = (image < images)[:, None] & (col < cols)[None, :]
     center, a, b = coefficients(
         center_ptr, grad_mean_ptr, grad_var_ptr, center_step, mean_step, var_step, image[:, None], col[None, :], mask,
         factor, 2.0 * factor, real, TERMS,
     )  # fmt: skip
-    gradient(dx_ptr, x_ptr, x_ptr, row[:, None] * cols + col[None, :], mask, center, a, b, a, real, TERMS, -1)
+    offs = row.to(tl.int64)[:, None] * cols + col[None, :]
+    gradient(dx_ptr, x_ptr, x_ptr, offs, mask, center, a, b, a, real, TERMS, -1)
 
 
 @triton.jit(do_not_specialize=["entries", "images", "center_step", "mean_step", "var_step"])

@@ -27,9 +27,8 @@ def launch(tile):
 
 def walked(x):
     """x, or a contiguous copy of it, and whether the channel is its fastest dimension."""
-    inner = x.dim() > 2 and x.movedim(1, -1).is_contiguous()
-    if not inner and not x.is_contiguous():
-        x = x.contiguous()
+    inner = not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+    x = x if inner else x.contiguous()
     return x, inner or x.shape[2:].numel() == 1
 
 

@@ -6,9 +6,9 @@ import triton
 from . import _bn_stats_list_jit as jit
 from . import _statistics_layout as layout
 
-# Most tiles that a program of a list walks, by kind; elements of a tile of a backward.
-_WIDTH = 1024 * layout.MOST_TILES
-_ROWS = 64 * layout.MOST_TILES
+# Most values per image and channel that a program of a list walks, in planes and in rows (tiles of 1024 and of 32);
+# elements of a tile of a backward.
+_WIDTH, _ROWS = 1 << 14, 1 << 10
 _BLOCK = 1024
 _ELEMENTS = {
     torch.float32: triton.language.float32,
@@ -37,14 +37,12 @@ def statistics_kind(x, inner):
         kind = jit.UNALIGNED if channels % layout.vector(x) else jit.INNER
         return kind, images * triton.cdiv(channels, 32)
     reach = values + layout.vector(x) - 1
-    kind, planes = (jit.NARROW, 128) if reach <= 16 else (jit.MIDDLE, 16) if reach <= 128 else (jit.BROAD, 2)
+    kind, planes = (jit.NARROW, 64) if reach <= 16 else (jit.MIDDLE, 8) if reach <= 128 else (jit.BROAD, 1)
     return kind, triton.cdiv(images * channels, planes)
 
 
 def backward_kind(x, inner):
     images, channels, values = *x.shape[:2], x.shape[2:].numel()
-    if values >= 2**30:
-        return None
     if inner:
         kind = jit.UNALIGNED if channels % layout.vector(x) else jit.INNER
         return kind, triton.cdiv(images * values, _BLOCK // 64) * triton.cdiv(channels, 64)
@@ -59,7 +57,7 @@ def sort(ways, starts, kind_of, outputs=None):
     table, alone, programs = [], [], 0
     for i, (x, inner) in enumerate(ways):
         out = x if outputs is None else outputs[i]
-        fits = x.numel() > 0 and not captured and x.dtype == ways[0][0].dtype
+        fits = 0 < x.numel() < 2**31 and not captured and x.dtype == ways[0][0].dtype
         kind = kind_of(x, inner) if fits and (x.data_ptr() | out.data_ptr()) % 16 == 0 else None
         if kind is None:
             alone.append(i)
@@ -92,9 +90,10 @@ def launch_backward(table, x, center, grad_mean, grad_var):
     if table:
         center, center_step = layout.unit_rows(center)
         own = [(center, 0) if t is None else layout.unit_rows(t) for t in (grad_mean, grad_var)]
+        terms = (grad_mean is not None) + 2 * (grad_var is not None)
         with torch.cuda.device_of(x):
             jit.backward_list_kernel[(programs,)](
                 center, own[0][0], own[1][0], _on_device(table, x.device), len(table), x.shape[0], center_step,
-                own[0][1], own[1][1], ELEMENT=_ELEMENTS[x.dtype], TERMS=(grad_mean is not None) + 2 * (grad_var is not None),
-                VEC=layout.vector(x), ENTRIES=layout.power(len(table)), BLOCK=_BLOCK, num_warps=4,
+                own[0][1], own[1][1], ELEMENT=_ELEMENTS[x.dtype], TERMS=terms, VEC=layout.vector(x),
+                ENTRIES=layout.power(len(table)), BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm inputs on a GPU through Triton: every function takes the arguments of its op, in schema order.
+"""BatchNorm statistics on a GPU through Triton: every function takes the arguments of its op, in schema order.
 
 Outputs shaped like x keep channels innermost and are contiguous otherwise. Launches go to the current stream; nothing
 waits for the device. Reads of x, and launches: instance statistics 1, 1 (2 where an image and channel is divided);
@@ -12,6 +12,7 @@ import triton
 
 from . import _bn_stats_backward_jit as backward
 from . import _bn_stats_jit as jit
+from . import _bn_stats_merge_jit as merge
 from . import _statistics_layout as layout
 from . import _statistics_lists as lists
 from ._layout import TILE, in_memory_order, tile_shape, tile_size
@@ -30,6 +31,9 @@ __all__ = [
     "statistics_backward_list",
 ]
 
+# Values of an image that are too few for a program of their own: a copy with planes shares programs among images.
+_FEW = 256
+
 
 def _pair(x, *shape):
     return tuple(torch.empty(shape, dtype=compute_dtype(x), device=x.device) for _ in range(2))
@@ -46,6 +50,8 @@ def _moments(x, per_image, norm=None, final=True):
     x, inner = layout.walked(x)
     y = x if norm is None else layout.like(x)
     images, channels, values = *x.shape[:2], x.shape[2:].numel()
+    if inner and per_image and norm is None and values > 1 and values * channels <= _FEW:
+        x, inner = x.contiguous(), False
     weight, bias, mean, var, eps = norm or (None, None, None, None, 0.0)
     affine = -1 if norm is None else (weight is not None) + 2 * (bias is not None)
     own = [x if t is None else t.contiguous() for t in (weight, bias, mean, var)]
@@ -73,13 +79,14 @@ def _moments(x, per_image, norm=None, final=True):
     with torch.cuda.device_of(x):
         if inner:
             jit.inner_kernel[(programs,)](
-                y, first, second, x, *own, count, channels, col_groups, parts, tiles, *layout.inverses(count, parts, length), eps,
-                NORM=affine, FINAL=final, EACH=each, **constants, **layout.launch(constants["BLOCK_R"] * constants["BLOCK_K"]),
+                y, first, second, x, *own, count, channels, col_groups, parts, tiles,
+                *layout.inverses(count, parts, length), eps, NORM=affine, FINAL=final, EACH=each, FOLD=fold > 1,
+                **constants, **layout.launch(constants["BLOCK_R"] * constants["BLOCK_K"]),
             )  # fmt: skip
         else:
             jit.planes_kernel[(programs,)](
-                y, first, second, x, *own, *sizes, *layout.inverses(values, parts, length), eps, NORM=affine, FINAL=final, SINGLE=tiles == 1,
-                EXACT=values == constants["BLOCK_K"], **constants,
+                y, first, second, x, *own, *sizes, *layout.inverses(values, parts, length), eps, NORM=affine,
+                FINAL=final, SINGLE=tiles == 1, EXACT=values == constants["BLOCK_K"], **constants,
                 **layout.launch(constants["BLOCK_G"] * constants["BLOCK_K"]),
             )  # fmt: skip
     return x, y, (first, second), None if final else rows
@@ -94,13 +101,15 @@ def _merge(x, moments, rows, mode, groups, correction=0, labels=None, weights=No
         total = torch.empty(groups, dtype=mean.dtype, device=x.device)
     center, spread = (x, x) if moments is None else moments
     channels = x.shape[1]
-    block_c = min(layout.power(channels), 8 if rows[0] > 256 else 32)
+    height = rows[0] // groups if mode == merge.INSTANCE else rows[0]
+    block_c, tile = (2, 2048) if height > 1024 else (8 if height > 256 else 32, 1024)
+    block_c = min(layout.power(channels), block_c)
     with torch.cuda.device_of(x):
-        jit.merge_kernel[(groups * max(triton.cdiv(channels, block_c), 1),)](
+        merge.merge_kernel[(groups * max(triton.cdiv(channels, block_c), 1),)](
             mean, var, count, total, center, spread, center if labels is None else labels.contiguous(),
             center if weights is None else weights.contiguous(), rows[0], channels, *rows[1:], correction,
             MODE=mode.value, PLAIN=moments is None, WEIGHTED=weights is not None,
-            BLOCK_S=min(layout.power(rows[0] // groups if mode == jit.INSTANCE else rows[0]), 2048 // block_c), BLOCK_C=block_c, num_warps=4,
+            BLOCK_S=min(layout.power(height), tile // block_c), BLOCK_C=block_c, num_warps=tile // 256,
         )  # fmt: skip
     return count, total, mean, var
 
@@ -113,27 +122,27 @@ def instance_statistics(x):
     if x.numel() == 0:
         return _nan(x, *x.shape[:2])
     x, _, moments, rows = _moments(x, True)
-    return moments if rows is None else _merge(x, moments, rows, jit.INSTANCE, x.shape[0])[2:]
+    return moments if rows is None else _merge(x, moments, rows, merge.INSTANCE, x.shape[0])[2:]
 
 
 def batch_norm_instance_statistics(x, weight, bias, running_mean, running_var, eps):
     if x.numel() == 0:
         return layout.like(x.contiguous()), *_nan(x, *x.shape[:2])
     x, y, moments, rows = _moments(x, True, (weight, bias, running_mean, running_var, eps))
-    return y, *(moments if rows is None else _merge(x, moments, rows, jit.INSTANCE, x.shape[0])[2:])
+    return y, *(moments if rows is None else _merge(x, moments, rows, merge.INSTANCE, x.shape[0])[2:])
 
 
 def batch_norm_batch_statistics(x, weight, bias, running_mean, running_var, eps):
     if x.numel() == 0:
         return layout.like(x.contiguous()), *_nan(x, x.shape[1])
     x, y, moments, rows = _moments(x, False, (weight, bias, running_mean, running_var, eps))
-    _, _, mean, var = _merge(x, moments, rows, jit.BATCH, 1)
+    _, _, mean, var = _merge(x, moments, rows, merge.BATCH, 1)
     return y, mean[0], var[0]
 
 
 def _groups(x, weights, correction=0, labels=None, groups=1):
     """Statistics of groups of whole images."""
-    mode = jit.BATCH if labels is None else jit.CLASS
+    mode = merge.BATCH if labels is None else merge.CLASS
     x, _ = layout.walked(x)
     images, channels, values = *x.shape[:2], x.shape[2:].numel()
     if values == 0:
@@ -153,7 +162,7 @@ def batch_norm_statistics(x, correction, weights):
         _, _, mean, var = _groups(x, weights, correction)
     else:
         x, _, moments, rows = _moments(x, False)
-        _, _, mean, var = _merge(x, moments, rows, jit.BATCH, 1, correction)
+        _, _, mean, var = _merge(x, moments, rows, merge.BATCH, 1, correction)
     return mean[0], var[0]
 
 
@@ -196,7 +205,7 @@ def _backward(x, center, grad_mean, grad_var, mean_factor, var_factor, norm=None
             grid = segments * triton.cdiv(count, block_r) * triton.cdiv(cols, block_k)
             backward.inner_backward_kernel[(grid,)](
                 *tensors, count, channels, col_groups, of_image, *factors,
-                EACH=each, GROUP=width, BLOCK_R=block_r, BLOCK_K=block_k, **constants,
+                EACH=each, FOLD=fold > 1, GROUP=width, BLOCK_R=block_r, BLOCK_K=block_k, **constants,
             )  # fmt: skip
         elif values % layout.vector(x):
             few, rows = values >= size, layout.power(size // values + 2)
@@ -242,7 +251,7 @@ def batch_norm_parameter_backward(grad, x, running_mean, running_var, eps):
             rows = parts * fold
             partial = torch.empty(2 * rows * channels, dtype=torch.float64, device=x.device)
             backward.inner_parameter_kernel[(programs,)](
-                partial, x, grad, mean, count // fold, channels, col_groups, parts, tiles,
+                partial, x, grad, mean, count // fold, channels, col_groups, parts, tiles, FOLD=fold > 1,
                 **constants, **layout.launch(constants["BLOCK_R"] * constants["BLOCK_K"]),
             )  # fmt: skip
         else:
@@ -251,7 +260,7 @@ def batch_norm_parameter_backward(grad, x, running_mean, running_var, eps):
             rows = x.shape[0] * sizes[3]
             partial = torch.empty(2 * rows * channels, dtype=torch.float64, device=x.device)
             backward.planes_parameter_kernel[(programs,)](
-                partial, x, grad, mean, *sizes[:5], EXACT=values == constants["BLOCK_K"],
+                partial, x, grad, mean, *sizes[:5], SINGLE=sizes[4] == 1, EXACT=values == constants["BLOCK_K"],
                 **constants, **layout.launch(constants["BLOCK_G"] * constants["BLOCK_K"]),
             )  # fmt: skip
         block_c = min(layout.power(channels), 8)

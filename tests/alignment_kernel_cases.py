@@ -6,6 +6,7 @@ gradients by autograd, all in float64.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -15,9 +16,13 @@ import torch
 import clusterq.ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from kernel_cases import DEVICE, INF, NAN
+from kernel_cases import (
+    DEVICE,
+    INF,
+    NAN,
+    quiet_numpy,  # noqa: F401 (a fixture that every case uses)
+)
 from kernel_cases import fq as ops
-from kernel_cases import quiet_numpy  # noqa: F401 (a fixture that every case uses)
 
 
 def merged(mean, var, inside):
@@ -59,7 +64,7 @@ def truth(inputs, mean, var):
         batch = (weight * (offset.square() + excess.square())).sum()
     else:
         starts = of["starts"].tolist()
-        layers = [slice(*ends) for ends in zip(starts[:-1], starts[1:], strict=True)]
+        layers = [slice(*ends) for ends in itertools.pairwise(starts)]
         batch = sum(weight[s.start] * (norm(offset[s]) + norm(excess[s])) for s in layers)
     terms, total = [batch], of["weight"] * batch
     for t, tau in enumerate(of["class_weights"]):

@@ -94,7 +94,9 @@ void covered(const Samples& x, int bytes, bool is_aligned, bool merged) {
 
 void any_shape() {
   std::mt19937_64 random_bits(3);
-  const auto up_to = [&](int64_t most) { return 1 + static_cast<int64_t>(random_bits() % static_cast<uint64_t>(most)); };
+  const auto up_to = [&](int64_t most) {
+    return 1 + static_cast<int64_t>(random_bits() % static_cast<uint64_t>(most));
+  };
   for (int i = 0; i < 20000; ++i) {
     const int64_t positions = up_to(int64_t(1) << up_to(20));
     const Samples x{up_to(int64_t(1) << up_to(12)), up_to(int64_t(1) << up_to(12)), positions, i % 2 != 0};

@@ -100,7 +100,9 @@ def compare(dtype, classes, **how):
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
     torch.testing.assert_close(result.total.double(), total, **tolerance)
     torch.testing.assert_close(result.batch.double(), batch, **tolerance)
-    torch.testing.assert_close(result.classes.double(), torch.stack(terms) if terms else result.classes.double(), **tolerance)
+    torch.testing.assert_close(
+        result.classes.double(), torch.stack(terms) if terms else result.classes.double(), **tolerance
+    )
     assert len(result.classes) == len(terms)
     for grad, wanted in zip(grads, torch.autograd.grad(total, wide), strict=True):
         torch.testing.assert_close(grad.double(), wanted, **tolerance)
@@ -136,7 +138,7 @@ def test_class_terms(first, class_reduction, options, dtype):
         result = compare(dtype, class_targets(first, dtype, **given), **how)
         mask = given.get("mask", torch.ones(IMAGES, dtype=torch.bool))
         labels = class_targets(first).labels
-        assert result.count.tolist() == [int(((labels == k) & mask).sum()) for k in range(SLOTS)]
+        assert result.images.tolist() == [int(((labels == k) & mask).sum()) for k in range(SLOTS)]
         start = sum(CHANNELS[:first])
         mean, var, *_ = statistics(dtype)
         wanted = ops.merge_class_statistics(mean[:, start:], var[:, start:], labels, SLOTS, mask)
@@ -149,7 +151,9 @@ def test_one_term_and_no_valid_image():
     compare(torch.float64, class_targets(1, torch.float64, terms=1), **HOW)
     empty = class_targets(1, mask=torch.zeros(IMAGES, dtype=torch.bool), average=True)
     result = compare(torch.float32, empty, **HOW)
-    assert torch.equal(result.classes, torch.zeros(2)) and torch.equal(result.count, torch.zeros(SLOTS, dtype=torch.int64))
+    assert torch.equal(result.classes, torch.zeros(2)) and torch.equal(
+        result.images, torch.zeros(SLOTS, dtype=torch.int64)
+    )
 
 
 def test_targets_of_a_class_that_enters_no_term_may_be_anything():
@@ -183,7 +187,9 @@ def test_the_gradients_are_derivatives():
         targets = AlignmentTargets(CHANNELS, *running, reduction=reduction, first=2)
         rows = torch.randn(3, CHANNELS[2]).double()
         classes = ClassTargets(labels, rows, rows.abs(), (0.5,))
-        assert gradcheck(lambda m, v, t=targets, c=classes: t(m, v, c).total, (mean.requires_grad_(), var.requires_grad_()))
+        assert gradcheck(
+            lambda m, v, t=targets, c=classes: t(m, v, c).total, (mean.requires_grad_(), var.requires_grad_())
+        )
 
 
 def test_columns_of_a_wider_matrix():
@@ -264,7 +270,9 @@ def test_compiles_without_graph_breaks():
     leaves = [t.clone().requires_grad_() for t in (mean, var)]
     other = [t.clone().requires_grad_() for t in (mean, var)]
     torch.testing.assert_close(compiled(*leaves), loss(*other))
-    for a, b in zip(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*other), other), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*other), other), strict=True
+    ):
         torch.testing.assert_close(a, b)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import subprocess
@@ -280,7 +281,22 @@ PROMISED = {
         ("weights, min/max and forward", "clusterq", "eager", 5.0, FASTER): 4,
         ("a call without gradient", "clusterq", "empty op", 12.0, OVER): 2,
     },
-    "bn_stats": {("statistics", "clusterq", "var_mean", 20.0, FASTER): 1},
+    "bn_stats": {
+        ("statistics", "clusterq", "var_mean", 40.0, FASTER): 1,
+        # channels_last with 16 channels.
+        ("statistics", "clusterq", "var_mean", 10.0, FASTER): 1,
+        ("one read", "clusterq", "sum", 1.25, OF_THE_TIME): 2,
+        ("against BatchNorm's own", "clusterq", "batch_norm_update_stats", 8.0, FASTER): 1,
+        ("against BatchNorm's own", "clusterq", "batch_norm_update_stats", 1.8, FASTER): 1,
+        **{
+            (name, ours, peer, limit, OF_THE_TIME): 2
+            for ours in ("clusterq", "clusterq per image")
+            for name, peer, limit in (
+                ("forward", "F.batch_norm", 1.1),
+                ("backward", "native_batch_norm_backward", 1.15),
+            )
+        },
+    },
     "centroids": {("search, normal data", "clusterq", "cdist", 4.0, FASTER): 1},
     "steps": {
         ("QAT step, ResNet-20 W4A4", "clusterq", "float", 1.10, OF_THE_TIME): 1,
@@ -290,7 +306,10 @@ PROMISED = {
         ("QAT step, MobileNet-V2 W4A4", "clusterq", "float", 1.12, OF_THE_TIME): 1,
         ("QAT step, MobileNet-V2 W4A4", "clusterq moving range", "float", 1.08, OF_THE_TIME): 1,
     },
-    "alignment": {("teacher forward and backward, ResNet-20", "clusterq", "plain", 1.4, OF_THE_TIME): 1},
+    "alignment": {
+        ("alignment loss and its gradients, all layers of ResNet-20", "clusterq", "eager", 10.0, FASTER): 2,
+        ("teacher forward and backward, ResNet-20", "clusterq", "plain", 1.08, OF_THE_TIME): 1,
+    },
 }
 
 
@@ -315,6 +334,14 @@ def test_shapes_of_the_promises() -> None:
     assert suite.WEIGHTS == ((512, 512, 3, 3), (64, 16, 3, 3)) and set(suite.DTYPES) == {torch.float32, torch.bfloat16}
     sizes = {name: (network.batch, network.size) for name, network in steps.NETWORKS.items()}
     assert sizes == {"resnet20": (128, 32), "resnet18": (32, 32), "mobilenet_v2": (64, 64)}
+
+
+def test_shapes_of_the_promises_for_statistics() -> None:
+    suite = importlib.import_module("bench_bn_stats")
+    planes = {(512, 16, 32, 32), (512, 64, 8, 8), (64, 64, 56, 56), (64, 512, 7, 7)}
+    dtypes, formats = {torch.float32, torch.bfloat16}, {torch.contiguous_format, torch.channels_last}
+    wanted = set(itertools.product(planes, dtypes, formats))
+    assert set(suite.SHAPES) == wanted | set(itertools.product({(8192, 512)}, dtypes, {torch.contiguous_format}))
 
 
 def test_a_peer_that_computes_something_else_is_not_timed() -> None:
@@ -393,16 +420,23 @@ def test_main_contestant_of_the_steps_is_the_shipped_default() -> None:
     assert all(m.zero_point.any() for m in default) and not any(m.zero_point.any() for m in symmetric)
 
 
-def test_the_gpu_suite_runs_where_there_is_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("suite", "promised"),
+    [
+        ("fake_quant", ("forward per tensor", "forward per channel", "learned backward per tensor")),
+        ("bn_stats", ("statistics", "BatchNorm and statistics", "backward of both")),
+    ],
+)
+def test_a_gpu_suite_runs_where_there_is_none(suite: str, promised: tuple[str, ...], tmp_path: Path) -> None:
     """The script itself; what it says of a GPU it says on one."""
     target = tmp_path / "gpu.json"
-    command = [sys.executable, "gpu_fake_quant.py", "--device", "cpu", "--quick", "--repeats", "1", "--json", target]
+    command = [sys.executable, f"gpu_{suite}.py", "--device", "cpu", "--quick", "--repeats", "1", "--json", target]
     child = subprocess.run(list(map(str, command)), cwd=BENCH, capture_output=True, text=True, timeout=600)
     assert child.returncode == 0, child.stdout + child.stderr
     assert "0 cases were wrong" in child.stdout
     rows = harness.Record.read(target).rows
-    # Every kernel that is promised a share of the copy's speed, both dtypes and layouts.
-    for name in ("forward per tensor", "forward per channel", "learned backward per tensor"):
+    # Both dtypes and layouts.
+    for name in promised:
         assert sum(row.case == name for row in rows) == 4
 
 

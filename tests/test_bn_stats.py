@@ -146,7 +146,9 @@ def test_an_image_left_out_has_no_influence_and_no_gradient(memory_format):
 
 
 def test_a_list_is_its_layers():
-    xs = [torch.randn(4, c, *rest).requires_grad_() for c, *rest in ((3, 5, 5), (16, 8, 8), (7,), (2, 3, 2, 4), (65, 1))]
+    xs = [
+        torch.randn(4, c, *rest).requires_grad_() for c, *rest in ((3, 5, 5), (16, 8, 8), (7,), (2, 3, 2, 4), (65, 1))
+    ]
     xs[1].data = xs[1].data.contiguous(memory_format=torch.channels_last)
     mean, var = ops.instance_statistics_list(xs)
     single = [ops.instance_statistics(x) for x in xs]

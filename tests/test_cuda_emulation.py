@@ -90,6 +90,7 @@ def test_every_op_is_emulated(library: str) -> None:
         ("kernel_cases.py", 200),
         ("kernel_mask_cases.py", 1200),
         ("statistics_kernel_cases.py", 350),
+        ("statistics_cuda_cases.py", 150),
         ("alignment_kernel_cases.py", 50),
     ],
 )

@@ -1,4 +1,4 @@
-"""The examples of other libraries run and find what they promise; skipped where their library is not installed."""
+"""The examples run and find what they promise; skipped where their library is not installed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.parametrize(
     ("name", "library"),
     [
+        ("deep_inversion.py", "torch"),
         ("torch_ao_qat.py", "torch.ao.quantization"),
         ("torchao_quantize.py", "torchao"),
         ("torchao_pt2e.py", "torchao"),

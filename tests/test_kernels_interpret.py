@@ -1,4 +1,4 @@
-"""Triton kernels without a GPU: the cases in `kernel_*cases.py`, in Triton's interpreter, in a process of its own.
+"""Triton kernels without a GPU: the cases in `*kernel_*cases.py`, in Triton's interpreter, in a process of its own.
 
 The interpreter is chosen by TRITON_INTERPRET=1, which has to be set before triton is imported.
 """
@@ -21,7 +21,15 @@ from clusterq.ops import _library
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 
-@pytest.mark.parametrize("name, least", [("kernel_cases.py", 200), ("kernel_mask_cases.py", 700)])
+@pytest.mark.parametrize(
+    "name, least",
+    [
+        ("kernel_cases.py", 200),
+        ("kernel_mask_cases.py", 700),
+        ("statistics_kernel_cases.py", 400),
+        ("alignment_kernel_cases.py", 50),
+    ],
+)
 def test_kernels_in_the_interpreter(name, least):
     cases = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CLUSTERQ_BACKEND": "triton", "CLUSTERQ_TEST_DEVICE": "cpu"}

@@ -1,29 +1,20 @@
-"""Triton kernels compiled for GPUs that are not here: no spills, no stack, 16-byte accesses, few registers.
-
-A kernel is compiled to a cubin for the named architecture; `cuobjdump` and `nvdisasm` come inside triton's package.
-The kernels must be read by the compiler, not by the interpreter, so this runs in a child without TRITON_INTERPRET.
+"""Fake-quantize kernels in Triton, compiled for GPUs that are not here: no spills, no stack, 16-byte accesses, few
+registers.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, os.path.dirname(__file__))
+from compiled_kernels import facts
+
 pytest.importorskip("triton", reason="the triton package is not installed")
 
-CHILD = r"""
-import importlib, json, re, subprocess, sys, tempfile
-from pathlib import Path
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
+CASES = r"""
 jit = importlib.import_module("clusterq.kernels._fake_quant_jit")
 ranges = importlib.import_module("clusterq.kernels._range_jit")
 weights = importlib.import_module("clusterq.kernels._weight_jit")
@@ -31,47 +22,7 @@ masks = importlib.import_module("clusterq.kernels._mask_jit")
 observed = importlib.import_module("clusterq.kernels._observe_jit")
 errors = importlib.import_module("clusterq.kernels._error_jit")
 packing = importlib.import_module("clusterq.kernels._packing_jit")
-tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-aligned = [["tt.divisibility", 16]]
-
-
 WIDE = ("range_flat_kernel", "range_tile_kernel", "observed_flat_kernel", "observed_tile_kernel", "error_kernel")
-
-
-def inspect(kernel, element, constants, arch, others):
-    data = ("out_ptr", "x_ptr", "grad_ptr", "dx_ptr", "y_ptr", "w_ptr")
-    signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + others.get(name, element if name in data else "fp32")
-            attributes[(i,)] = aligned
-        else:
-            signature[name] = "fp64" if name in ("momentum", "rest") else "i32"
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    warps = 8 if kernel.fn.__name__ in WIDE else 4
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tile = constants.get("BLOCK") or constants.get("BLOCK_R", 32) * constants.get("BLOCK_K", 32)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        run = lambda *command: subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = run(tools / "cuobjdump", "-res-usage", cubin)
-        code = run(tools / "nvdisasm", "-c", cubin)
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "loads": len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
-        "stores": len(re.findall(r"\bSTG\.E\S*\.128\b", code)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", code, re.M)) / (tile / (32 * warps)),
-        "fused": len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])),
-    }
-
-
-arch, element, wanted = int(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
 size = 1024 if element == "fp32" else 2048
 rows = {"LAST": False, "GROUP": 16, "BLOCK_R": size // 64, "BLOCK_K": 64}
 last = {**rows, "LAST": True}
@@ -131,7 +82,7 @@ cases = {
     ),
     "learned finish": (jit.learned_finish_kernel, {"BLOCK_S": 32, "BLOCK_C": 32}, wide),
 }
-print(json.dumps({name: inspect(cases[name][0], element, cases[name][1], arch, cases[name][2]) for name in wanted}))
+report({name: (*case, 8 if case[0].fn.__name__ in WIDE else 4) for name, case in cases.items()})
 """
 # Fewest 16-byte loads and stores per thread and tile, (float32, bfloat16): a tile is 8 float32 or 16 bfloat16 elements
 # of a thread, in a reduction 8 of either.
@@ -199,25 +150,13 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("element", ["fp32", "bf16"])
 @pytest.mark.parametrize("arch, names", [(arch, tuple(ACCESSES)) for arch in (80, 90, 100)])
 def test_compiled_code(arch, names, element, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "CLUSTERQ_BACKEND")}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CLUSTERQ_BACKEND": "reference"}
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(arch), element, ",".join(names)],
-        env=environment,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr[-4000:]
-    report = json.loads(child.stdout)
-    assert report.keys() == set(names)
-    for name, facts in report.items():
+    for name, found in facts(CASES, arch, element, names, tmp_path).items():
         loads, stores = ACCESSES[name][element == "bf16"]
-        assert facts["stack"] == 0 and facts["local"] == 0, (name, facts)
-        assert facts["loads"] >= loads and facts["stores"] >= stores, (name, facts)
+        assert found["stack"] == 0 and found["local"] == 0, (name, found)
+        assert found["loads"] >= loads and found["stores"] >= stores, (name, found)
         # 64 registers are half of a multiprocessor's warps, 128 a quarter.
         most = 64 if name.split()[0] in ("forward", "backward", "weight") else 128
-        assert facts["registers"] <= most, (name, facts)
-        assert facts["instructions"] <= INSTRUCTIONS[name], (name, facts)
+        assert found["registers"] <= most, (name, found)
+        assert found["instructions"] <= INSTRUCTIONS[name], (name, found)
         # The reciprocal's Newton steps live below PTX; a multiply-add here would be a contraction.
-        assert facts["fused"] == 0, (name, facts)
+        assert found["fused"] == 0, (name, found)

@@ -10,9 +10,9 @@ the statistics, float32 or float64.
                             M / (M - correction)); weight of a column in the class terms.
     starts [L + 1] int64    first column of every layer, then D. Read only for `squared=False`.
     weight                  of the batch term in the total.
-    squared                 True: sum_d w_d ((mean_d - target)^2 + (spread_d - target)^2); False: with the Euclidean norms
-                            of each layer, sum_l w_l (||mean_l - target_l|| + ||spread_l - target_l||), w_l that of the
-                            layer's first column; the derivative of a norm at 0 is 0.
+    squared                 True: sum_d w_d ((mean_d - target)^2 + (spread_d - target)^2); False: with the Euclidean
+                            norms of each layer, sum_l w_l (||mean_l - target_l|| + ||spread_l - target_l||), w_l that
+                            of the layer's first column; the derivative of a norm at 0 is 0.
     floor                   None: variances are compared; a number: sqrt(variance + floor).
     labels [N] int64        class slot of every image, outside [0, slots) for none; None: no classes (slots = 0).
     mask [N] bool           False: the image belongs to no class (it stays in the batch term).

@@ -1,6 +1,8 @@
-"""The alignment loss in plain PyTorch: default kernel of the op in `alignment.py`, where its arguments are explained."""
+"""The alignment loss in plain PyTorch: default kernel of the op in `_alignment_op.py`, which explains its arguments."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ def _spread(var: Tensor, floor: float | None) -> tuple[Tensor, Tensor]:
 def _norms(difference: Tensor, starts: list[int], weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted sum of the layers' Euclidean norms, and its derivative (0 where a norm is 0)."""
     total, gradient = difference.new_zeros(()), torch.zeros_like(difference)
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
+    for begin, end in pairwise(starts):
         part = difference[begin:end]
         norm = ordered_sum(part.square(), [0]).sqrt()
         total = total + weight[begin] * norm

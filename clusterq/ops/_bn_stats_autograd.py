@@ -91,14 +91,14 @@ class BatchNormStatistics(torch.autograd.Function):
         spatial = spatial_size(x)
         if weights is None:
             values = x.shape[0] * spatial
-            rows = (None if t is None else t[None] for t in (grad_mean, grad_var))
-            own = _with_factors(*rows, reciprocal(values), 2 * reciprocal(values - ctx.correction))
+            by_mean, by_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
+            own = _with_factors(by_mean, by_var, reciprocal(values), 2 * reciprocal(values - ctx.correction))
             return op.statistics_backward(x, mean[None], *own), None, None
         total = ordered_sum(weights.double(), [0]) * spatial
         free = total - ctx.correction
-        by_mean = (weights / total).to(mean.dtype)[:, None]
-        by_var = (2 * weights / torch.where(free > 0, free, math.nan)).to(mean.dtype)[:, None]
-        grads = _scaled(grad_mean, by_mean), _scaled(grad_var, by_var)
+        mean_share = (weights / total).to(mean.dtype)[:, None]
+        var_share = (2 * weights / torch.where(free > 0, free, math.nan)).to(mean.dtype)[:, None]
+        grads = _scaled(grad_mean, mean_share), _scaled(grad_var, var_share)
         return op.statistics_backward(x, mean[None], *grads, 1.0, 1.0), None, None
 
 
@@ -159,10 +159,10 @@ class BatchNormWithStatistics(torch.autograd.Function):
         dx = dweight = dbias = None
         if x_needed and not (grad is None and grad_mean is None and grad_var is None):
             factor = reciprocal(spatial_size(x) if ctx.per_image else x.shape[0] * spatial_size(x))
-            rows = [mean, grad_mean, grad_var]
             if not ctx.per_image:
-                rows = [None if t is None else t[None] for t in rows]
-            own = (rows[0], *_with_factors(*rows[1:], factor, 2 * factor))
+                mean = mean[None]
+                grad_mean, grad_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
+            own = (mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
             if grad is None:
                 dx = op.statistics_backward(x, *own)
             else:

@@ -1,8 +1,8 @@
 """Schemas of the BatchNorm-statistics ops. What they compute: `bn_stats.py`; how, in PyTorch: `_bn_stats_reference.py`.
 
-Statistics, parameters of BatchNorm and gradients of statistics have the statistics' dtype: float32, float64 for float64
-data. Gradients of statistics and centers are [N, C] or [1, C]; rows need not lie side by side, so that columns of a wider
-matrix do without a copy.
+Statistics, parameters of BatchNorm and gradients of statistics have the statistics' dtype: float32, float64 for
+float64 data. Gradients of statistics and centers are [N, C] or [1, C]; rows need not lie side by side, so that columns
+of a wider matrix do without a copy.
 """
 
 from __future__ import annotations

@@ -168,8 +168,8 @@ def statistics_backward_list(
     results, start = [], 0
     for x in xs:
         end, factor = start + x.shape[1], reciprocal(math.prod(x.shape[2:]))
-        own = (None if t is None else t[:, start:end] for t in (center, grad_mean, grad_var))
-        results.append(statistics_backward(x, *own, factor, 2 * factor))  # type: ignore[arg-type]
+        own_mean, own_var = (None if t is None else t[:, start:end] for t in (grad_mean, grad_var))
+        results.append(statistics_backward(x, center[:, start:end], own_mean, own_var, factor, 2 * factor))
         start = end
     return results
 

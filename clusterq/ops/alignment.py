@@ -62,7 +62,7 @@ class Alignment(NamedTuple):
         total: scalar to differentiate; its gradient reaches the instance statistics.
         batch: the unweighted batch term, detached.
         classes: [T] the unweighted class terms, detached.
-        count: [S] int64 images of every class.
+        images: [S] int64 how many images every class has.
         class_mean, class_spread: [S, D'] statistics of every class in the columns of the class terms, detached; those
             of a class without images are 0 and the spread of variance 0.
     """
@@ -70,7 +70,7 @@ class Alignment(NamedTuple):
     total: Tensor
     batch: Tensor
     classes: Tensor
-    count: Tensor
+    images: Tensor
     class_mean: Tensor
     class_spread: Tensor
 
@@ -199,9 +199,7 @@ class AlignmentTargets:
         self._columns = self._columns_of((1.0,) * len(self.channels))
 
     def _columns_of(self, factors: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-        return _columns(
-            self.channels, self._weights, factors, self._class_weights, self.mean.dtype, self.mean.device
-        )
+        return _columns(self.channels, self._weights, factors, self._class_weights, self.mean.dtype, self.mean.device)
 
     def __call__(
         self,
@@ -234,7 +232,9 @@ class AlignmentTargets:
         columns, starts = self._columns
         if var_factors is not None:
             if len(var_factors) != len(self.channels):
-                raise ValueError(f"var_factors has {len(var_factors)} numbers; wanted {len(self.channels)}, one per layer")
+                raise ValueError(
+                    f"var_factors has {len(var_factors)} numbers; wanted {len(self.channels)}, one per layer"
+                )
             columns, starts = self._columns_of(tuple(float(f) for f in var_factors))
         labels = mask = known = goal_mean = goal_spread = None
         slots, class_weights, average = 0, [], False
@@ -269,7 +269,7 @@ def _merged_over(
     mask: Tensor | None,
     slots: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of the batch and its classes over all processes, the same bits in each: one gather, merged in rank order.
+    """Statistics of batch and classes over all processes, the same bits in each: one gather, merged in rank order.
 
     Chan's rule on (count, mean, M2): torch's SyncBatchNorm once exchanged 1 / std and lost digits.
     """

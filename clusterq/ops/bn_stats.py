@@ -18,8 +18,8 @@ affine pass,
 whose coefficients are per channel for batch statistics and per image and channel for the other two. They stay in the
 statistics' dtype and the result is rounded once, so half-precision inputs do not lose gradients of size 1/M.
 
-NaN and infinity in x make non-finite the statistics that they enter and no other: one channel, of one image or one class.
-An image that is masked or has weight 0 enters nothing, and its gradient is 0 whatever it holds.
+NaN and infinity in x make non-finite the statistics that they enter and no other: one channel, of one image or one
+class. An image that is masked or has weight 0 enters nothing, and its gradient is 0 whatever it holds.
 
 Statistics are float32, float64 for float64 input. Outputs shaped like x keep x's layout when its channels are innermost
 and dense (channels_last, channels_last_3d) and are contiguous otherwise.
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from clusterq.ops import _bn_stats_autograd as autograd

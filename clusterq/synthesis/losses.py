@@ -1,7 +1,8 @@
 """Parts of the losses on feature statistics; equation numbers refer to ClusterQ, arXiv 2205.00179v1.
 
-The losses themselves, (4), (6) and (9), are one op over the statistics of all layers side by side: `ops.AlignmentTargets`,
-called by `SynthesisObjective`. Nothing here loops over layers, classes or samples, or waits for the device.
+The losses themselves, (4), (6) and (9), are one op over the statistics of all layers side by side:
+`ops.AlignmentTargets`, called by `SynthesisObjective`. Nothing here loops over layers, classes or samples, or waits
+for the device.
 """
 
 from __future__ import annotations

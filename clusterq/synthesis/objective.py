@@ -146,7 +146,7 @@ class SynthesisObjective:
             average=config.class_reduction == "mean",
         )
         result = self._targets(output.mean, output.var, goals)
-        return result, ClassStatistics(classes, result.count, result.class_mean, result.class_spread)
+        return result, ClassStatistics(classes, result.images, result.class_mean, result.class_spread)
 
     def _class_mask(self, output: TeacherOutput, labels: Tensor, correct: Tensor) -> Tensor | None:
         """[N] bool, the images that form the classes; None for all."""

@@ -1,5 +1,5 @@
-// CPU kernel of the alignment loss; arguments and formulas: clusterq/ops/_alignment_op.py. Columns are worked on in fixed
-// blocks, sums run over images and blocks in order: results do not depend on the number of threads.
+// CPU kernel of the alignment loss; arguments and formulas: clusterq/ops/_alignment_op.py. Columns are worked on in
+// fixed blocks, sums run over images and blocks in order: results do not depend on the number of threads.
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -43,10 +43,11 @@ struct Spread {
   double slope(double spread) const { return floor.has_value() ? 0.5 / spread : 1.0; }
 };
 
-// center[i] = mean of `width` columns over the rows listed (all of them where `rows` is null), then the biased variance.
+// center[i] = mean of `width` columns over the rows listed (all of them where `rows` is null), then the biased
+// variance.
 template <class E>
-CLUSTERQ_INLINE void moments_body(const E* mean, const E* var, int64_t mean_step, int64_t var_step,
-                                  const int64_t* rows, int64_t count, int64_t width, double* center, double* spread) {
+CLUSTERQ_INLINE void moments_body(const E* mean, const E* var, int64_t mean_step, int64_t var_step, const int64_t* rows,
+                                  int64_t count, int64_t width, double* center, double* spread) {
   for (int64_t i = 0; i < width; ++i) center[i] = spread[i] = 0;
   for (int64_t r = 0; r < count; ++r) {
     const E* m = mean + (rows == nullptr ? r : rows[r]) * mean_step;
@@ -200,8 +201,8 @@ class Loss {
     return result;
   }
 
-  // Gradients of all images in columns [c, c + count): of the batch term, then of the class terms, whose values are added
-  // to `term`.
+  // Gradients of all images in columns [c, c + count): of the batch term, then of the class terms, whose values are
+  // added to `term`.
   void gradients(int64_t c, int64_t count, double* sums, double* term) {
     double *sum_mean = sums, *sum_var = sums + images * count;
     const double inverse = 1.0 / size_of(0);
@@ -281,9 +282,9 @@ Outputs alignment_loss(Tensor mean, Tensor var, const Tensor& target_mean, const
   CLUSTERQ_CHECK(slots >= 0 && first >= 0 && first <= width, "slots or first is out of range");
   CLUSTERQ_CHECK(labels.has_value() || slots == 0, "slots without labels");
   CLUSTERQ_CHECK(terms == 0 || (class_mean.has_value() && class_spread.has_value()), "class targets are missing");
-  CLUSTERQ_CHECK(merged_count.has_value() == merged_mean.has_value() &&
-                     merged_count.has_value() == merged_var.has_value(),
-                 "merged_count, merged_mean and merged_var come together");
+  CLUSTERQ_CHECK(
+      merged_count.has_value() == merged_mean.has_value() && merged_count.has_value() == merged_var.has_value(),
+      "merged_count, merged_mean and merged_var come together");
   check_dtype(var, dtype, "var");
   check_same_sizes(var, mean, "var");
   check_optional(target_mean, dtype, {width}, "target_mean");
@@ -300,7 +301,8 @@ Outputs alignment_loss(Tensor mean, Tensor var, const Tensor& target_mean, const
   check_dtype(starts, ScalarType::Long, "starts");
   CLUSTERQ_CHECK(starts.dim() == 1, "starts must be [L + 1]");
 
-  const Tensor total = torch::stable::new_empty(mean, {}, dtype), each = torch::stable::new_empty(mean, {1 + terms}, dtype);
+  const Tensor total = torch::stable::new_empty(mean, {}, dtype),
+               each = torch::stable::new_empty(mean, {1 + terms}, dtype);
   const Tensor grad_mean = torch::stable::new_empty(mean, {images, width}, dtype);
   const Tensor grad_var = torch::stable::new_empty(mean, {images, width}, dtype);
   const Tensor count = torch::stable::new_empty(mean, {slots}, ScalarType::Long);

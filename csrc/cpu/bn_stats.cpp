@@ -56,8 +56,8 @@ class Weights {
   std::vector<double> values_;
 };
 
-// Merges the images n of positive weight into `mean` and `m2` [width], from `table` at channel c0 on; returns the sum of
-// the weights. M2 of an image counts as often as the image.
+// Merges the images n of positive weight into `mean` and `m2` [width], from `table` at channel c0 on; returns the sum
+// of the weights. M2 of an image counts as often as the image.
 template <class Images>
 double merge_weighted(const View& x, const Table& table, const Weights& weights, const Images& images, int64_t c0,
                       int64_t width, double* mean, double* m2) {
@@ -246,8 +246,7 @@ std::tuple<Tensor, Tensor> weighted_statistics(const View& x, int64_t correction
   std::vector<int64_t> images(x.images);
   std::iota(images.begin(), images.end(), int64_t(0));
   std::vector<double> total_mean(x.channels), total_m2(x.channels);
-  const double total =
-      merge_weighted(x, table, weights, images, 0, x.channels, total_mean.data(), total_m2.data());
+  const double total = merge_weighted(x, table, weights, images, 0, x.channels, total_mean.data(), total_m2.data());
   const double values = total * static_cast<double>(x.spatial), free = values - static_cast<double>(correction);
   if (!(values > 0)) std::fill(total_mean.begin(), total_mean.end(), std::nan(""));
   write(mean, 0, total_mean.data(), x.channels, 1);

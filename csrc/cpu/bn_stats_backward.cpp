@@ -61,8 +61,8 @@ void affine(const View& x, const T* g, T* out, const Compute<T>* scale, const Co
   const Kernels<T>& table = kernels<T>();
   const int64_t channels = x.channels, image = channels * x.spatial;
   const T* data = x.data<T>();
-  const int64_t f = !x.rows ? 1 : std::min(fold(channels), std::max<int64_t>(1, own.shared() ? x.images * x.spatial
-                                                                                             : x.spatial));
+  const int64_t f =
+      !x.rows ? 1 : std::min(fold(channels), std::max<int64_t>(1, own.shared() ? x.images * x.spatial : x.spatial));
   const int64_t w = f * channels;
   std::vector<E> scales(w);
   if (scale != nullptr) {

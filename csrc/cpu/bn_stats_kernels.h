@@ -168,8 +168,8 @@ CLUSTERQ_INLINE void rows(const T* x, const T* g, T* y, int64_t rows, int64_t ch
   }
   for (; row < folded; ++row) {
     const int64_t i = row * width;
-    add_rows<T, mode, 1>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, width, shift, center, scale,
-                                bias, s1, s2);
+    add_rows<T, mode, 1>(x + i, kDot ? g + i : nullptr, kNorm ? y + i : nullptr, width, shift, center, scale, bias, s1,
+                         s2);
   }
   for (int64_t i = width - tail; i < width; ++i) {
     s1[i] = s1[i + kL - tail];
@@ -397,9 +397,8 @@ static void merge(int64_t channels, double count_a, double* mean_a, double* m2_a
 
 template <class T>
 Kernels<T> table() {
-  return {plane_sums<T>, plane_norm<T>, plane_dot<T>,       plane_affine<T>, image_sums<T>, image_norm<T>,
-          row_sums<T>,   row_norm<T>,   row_dot<T>,         row_affine<T>,   row_scale<T>,  finish<Compute<T>>,
-          exact<T>,      merge};
+  return {plane_sums<T>, plane_norm<T>, plane_dot<T>,  plane_affine<T>, image_sums<T>,      image_norm<T>, row_sums<T>,
+          row_norm<T>,   row_dot<T>,    row_affine<T>, row_scale<T>,    finish<Compute<T>>, exact<T>,      merge};
 }
 
 }  // namespace clusterq::bn_stats::CLUSTERQ_ISA

@@ -1,15 +1,20 @@
 // The alignment loss on CUDA: a block has 32 columns of the statistics [N, D], merges them over the images of the batch
-// and of every class, compares and writes their gradients; a second launch adds up the blocks. Norms of layers need all
-// columns first: there the merged statistics pass through memory. Everything is float64 and summed in a fixed order.
+// and of every class, compares and writes their gradients; the last block adds up the loss. Norms of layers need all
+// columns first: there the merged statistics pass through memory to a second launch. Everything is float64 and summed
+// in a fixed order.
 #include <algorithm>
 
 #include "alignment.h"
 #include "device.h"
+#include "word_pool.h"
 
 namespace clusterq {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / 32;
+// Scratch of the library, zero from the start and after every launch: see WordPool.
+constexpr int64_t kCounters = int64_t(1) << 16;
+__device__ alignas(128) uint32_t counters[kCounters];
 // Images that a warp loads before it uses the first.
 constexpr int kAhead = 4;
 
@@ -63,6 +68,31 @@ __device__ __forceinline__ double over_warps(double (*room)[32], double value) {
   double sum = 0;
   for (int w = 0; w < kWarps; ++w) sum += room[w][lane];
   return sum;
+}
+
+// Sums the blocks' parts of the loss, a warp for each term; for one whole block.
+template <typename A>
+__device__ __forceinline__ void finish(const Alignment& p, const Typed<A>& t, int64_t blocks) {
+  __shared__ double found[1 + kMostTerms];
+  const int lane = threadIdx.x % 32, term = threadIdx.x / 32;
+  // Written by other blocks of this launch.
+  const volatile double* const partial = p.partial;
+  if (term <= p.terms) {
+    double sum = 0;
+    for (int64_t b = lane; b < blocks; b += 32) sum += partial[b * (1 + p.terms) + term];
+    for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullWarp, sum, bits);
+    if (lane == 0) {
+      t.terms[term] = static_cast<A>(sum);
+      found[term] = sum;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double all = p.weight * found[0];
+#pragma unroll
+  for (int i = 0; i < kMostTerms; ++i)
+    if (i < p.terms) all += p.class_weights[i] * found[1 + i];
+  *t.total = static_cast<A>(all);
 }
 
 struct Norms {
@@ -262,29 +292,26 @@ __global__ void __launch_bounds__(kThreads, 1)
       sum = over_warps(room[0], sum);
       if (threadIdx.x == 0) p.partial[static_cast<int64_t>(blockIdx.x) * (1 + p.terms) + i] = sum;
     }
+    if (p.reserved < 0) return;
+    // The last block to come here sums the parts of all.
+    __shared__ bool is_last;
+    if (threadIdx.x == 0) {
+      __threadfence();
+      is_last = atomicAdd(counters + p.reserved, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    finish(p, t, gridDim.x);
+    if (threadIdx.x == 0) counters[p.reserved] = 0;
   }
 }
 
-// A warp for each term.
+// By a block of its own, where there is no counter.
 template <typename A>
-__global__ void __launch_bounds__(32 * (1 + kMostTerms))
-    alignment_finish_kernel(const __grid_constant__ Alignment p, A* total, A* terms, int64_t blocks) {
-  __shared__ double found[1 + kMostTerms];
-  const int lane = threadIdx.x % 32, term = threadIdx.x / 32;
-  double sum = 0;
-  for (int64_t b = lane; b < blocks; b += 32) sum += p.partial[b * (1 + p.terms) + term];
-  for (int bits = 16; bits > 0; bits /= 2) sum += __shfl_xor_sync(kFullWarp, sum, bits);
-  if (lane == 0) {
-    terms[term] = static_cast<A>(sum);
-    found[term] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  double all = p.weight * found[0];
-#pragma unroll
-  for (int i = 0; i < kMostTerms; ++i)
-    if (i < p.terms) all += p.class_weights[i] * found[1 + i];
-  *total = static_cast<A>(all);
+__global__ void __launch_bounds__(kThreads)
+    alignment_finish_kernel(const __grid_constant__ Alignment p, const __grid_constant__ Typed<A> t, int64_t blocks) {
+  finish(p, t, blocks);
 }
 
 template <typename A>
@@ -302,13 +329,18 @@ void run(const Alignment& p, cudaStream_t stream) {
     if (!p.given) launch(alignment_kernel<true, false, A>, blocks, kThreads, stream, p, t);
     launch(alignment_kernel<false, true, A>, blocks, kThreads, stream, p, t);
   }
-  launch(alignment_finish_kernel<A>, 1, 32u * static_cast<unsigned>(1 + p.terms), stream, p, t.total, t.terms, blocks);
+  if (p.reserved < 0) launch(alignment_finish_kernel<A>, 1, kThreads, stream, p, t, blocks);
 }
 
 }  // namespace
 
 // One at least, for what is counted.
 int64_t alignment_blocks(int64_t columns) { return std::max<int64_t>(blocks_of(columns, 32), 1); }
+
+int64_t reserve_alignment_counter(int device, cudaStream_t stream) {
+  static WordPool reserved(kCounters);
+  return reserved.reserve(device, stream, 1);
+}
 
 void launch_alignment(const Alignment& alignment, cudaStream_t stream) {
   alignment.wide ? run<double>(alignment, stream) : run<float>(alignment, stream);

@@ -30,12 +30,15 @@ struct Alignment {
   double *merged_count = nullptr, *merged_mean = nullptr, *merged_var = nullptr;
   // [blocks, 1 + terms].
   double* partial = nullptr;
+  int64_t reserved = -1;
   void *total = nullptr, *to_terms = nullptr, *grad_mean = nullptr, *grad_var = nullptr;
   int64_t* count = nullptr;
   void *own_mean = nullptr, *own_spread = nullptr;
 };
 
 int64_t alignment_blocks(int64_t columns);
+// A counter of blocks in memory of the library, negative if it cannot give any: then another launch sums the loss.
+int64_t reserve_alignment_counter(int device, cudaStream_t stream);
 void launch_alignment(const Alignment& alignment, cudaStream_t stream);
 
 }  // namespace clusterq

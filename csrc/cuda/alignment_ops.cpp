@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_los
   p.count = static_cast<int64_t*>(count.mutable_data_ptr());
   p.own_mean = own_mean.mutable_data_ptr();
   p.own_spread = own_spread.mutable_data_ptr();
+  p.reserved = reserve_alignment_counter(mean.get_device_index(), launch.stream());
   launch_alignment(p, launch.stream());
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return {total, found, grad_mean, grad_var, count, own_mean, own_spread};

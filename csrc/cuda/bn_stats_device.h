@@ -32,22 +32,15 @@ __device__ __forceinline__ A lane_sum(A v, int lanes) {
   return v;
 }
 
-// Sums over the block in a fixed order, for every thread; `room` is [2][kWarps] of shared memory, free before the call
-// and after the next barrier.
-__device__ __forceinline__ void block_total(double& first, double& second, double (*room)[kWarps]) {
-  first = lane_sum(first, 32);
-  second = lane_sum(second, 32);
-  if (threadIdx.x % 32 == 0) {
-    room[0][threadIdx.x / 32] = first;
-    room[1][threadIdx.x / 32] = second;
-  }
+// Sum over the block in a fixed order, for every thread; `room` is free before the call and after the next barrier.
+__device__ __forceinline__ double block_total(double v, double* room) {
+  v = lane_sum(v, 32);
+  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = v;
   __syncthreads();
-  first = second = 0;
+  double sum = 0;
 #pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    first += room[0][w];
-    second += room[1][w];
-  }
+  for (int w = 0; w < kWarps; ++w) sum += room[w];
+  return sum;
 }
 
 // Columns of a block whose threads have V neighbouring ones each, `lanes` threads to a row: see most_lanes.

@@ -24,7 +24,7 @@ struct Table {
 static_assert(sizeof(Table<double, double>) <= 4096);
 
 template <typename T, typename A>
-__global__ void __launch_bounds__(kStatisticsThreads) list_kernel(const __grid_constant__ Table<T, A> table) {
+__global__ void __launch_bounds__(kStatisticsThreads, 4) list_kernel(const __grid_constant__ Table<T, A> table) {
   const Entry<T, A>& entry = table.entries[find_entry(table.entries, table.count, blockIdx.x)];
   const unsigned block = blockIdx.x - entry.first_block;
   const Norm<A> none{};

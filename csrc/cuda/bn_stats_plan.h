@@ -92,8 +92,8 @@ inline StatisticsPlan plan_rows(int bytes, const Samples& x, bool aligned, bool 
   const int64_t packs = blocks_of(x.channels, plan.width);
   plan.lanes = lanes_for(packs, most_lanes(plan.width));
   const auto columns = [&] { return x.images * blocks_of(packs, plan.lanes); };
-  // As narrow as one sector of 32 bytes, while there is a row for every thread.
-  while (columns() < kFewBlocks && plan.lanes * plan.width * bytes > 32 &&
+  // As narrow as one sector of 32 bytes, where parts would cost another launch, while there is a row for every thread.
+  while (!merged && columns() < kFewBlocks && plan.lanes * plan.width * bytes > 32 &&
          2 * kStatisticsThreads / plan.lanes <= x.positions)
     plan.lanes /= 2;
   plan.tiles = blocks_of(packs, plan.lanes);

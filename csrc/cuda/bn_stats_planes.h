@@ -171,7 +171,7 @@ __device__ __forceinline__ void slab_planes(const Task<T, A>& task, const Norm<A
 template <bool kNorm, typename T, typename A>
 __device__ __forceinline__ void large_plane(const Task<T, A>& task, const Norm<A>& norm, int64_t block) {
   constexpr int V = kWide<T>, kPacks = kPlanePacks<T> < 8 ? kPlanePacks<T> : 8;
-  __shared__ double room[2][2][kWarps];
+  __shared__ double room[2][kWarps];
   const int64_t plane = task.parts == 1 ? block : static_cast<unsigned>(block) / task.parts;
   const int64_t index = block - plane * task.parts;
   const int64_t image = task.by_channels.quotient(plane, task.small), channel = plane - image * task.channels;
@@ -251,15 +251,17 @@ __device__ __forceinline__ void large_plane(const Task<T, A>& task, const Norm<A
       each([&](double x) { wide_squares += (x - mean) * (x - mean); });
       found = {mean, wide_squares};
     }
-    merge_moments(own, count, found, elements * reciprocal(count + elements));
+    if (count > 0) {
+      merge_moments(own, count, found, elements * reciprocal(count + elements));
+    } else {
+      own = found;
+    }
     count += elements;
   } while (base < packs);
   // Over the block: the mean first, then the squares about it.
-  double sum = own.mean * count, all = count;
-  block_total(sum, all, room[0]);
-  const double mean = sum / all, d = own.mean - mean;
-  double squares = count > 0 ? own.squares + count * d * d : 0, unused = 0;
-  block_total(squares, unused, room[1]);
+  const double mean = block_total(own.mean * count, room[0]) * reciprocal(static_cast<double>(length));
+  const double d = own.mean - mean;
+  const double squares = block_total(count > 0 ? own.squares + count * d * d : 0, room[1]);
   if (threadIdx.x == 0) task.write(image, index, channel, {mean, squares});
 }
 

@@ -2,16 +2,14 @@
 // Bytes per element of float32: 4, with quantization 8.125. Minima and maxima are whole numbers in the order of the
 // values: blocks join them by atomics, whose order changes nothing, and the last block to finish uses and clears them.
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <utility>
 
 #include "fake_quant_elementwise.h"
+#include "word_pool.h"
 
 namespace clusterq {
 namespace {
 
-// Scratch of the library, zero from the start and after every launch: see reserve_range_words.
+// Scratch of the library, zero from the start and after every launch: see WordPool.
 constexpr int64_t kPool = int64_t(1) << 20;
 __device__ alignas(128) uint32_t pool[kPool];
 
@@ -303,36 +301,9 @@ int64_t range_words(Element element, int64_t channels) {
   return kHeader + 2 * channels * (element == Element::kDouble ? 2 : 1);
 }
 
-// Launches of one stream follow each other, so they share words, by the id of the stream, which no later stream gets
-// again. A launch that is captured into a graph may run in another stream, beside launches of this one: it gets words
-// of its own, for good. -1 where the pool is used up.
 int64_t reserve_range_words(int device, cudaStream_t stream, int64_t words) {
-  struct Region {
-    int64_t offset = 0, size = 0;
-  };
-  static std::mutex mutex;
-  static std::map<int, int64_t> used;
-  static std::map<std::pair<int, unsigned long long>, Region> regions;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
-  unsigned long long id = 0;
-  const bool known = cudaStreamIsCapturing(stream, &status) == cudaSuccess;
-  const bool captured = status != cudaStreamCaptureStatusNone;
-  if (!known || (!captured && cudaStreamGetId(stream, &id) != cudaSuccess)) {
-    // Not an error of the launch to come.
-    static_cast<void>(cudaGetLastError());
-    return -1;
-  }
-  const std::lock_guard<std::mutex> lock(mutex);
-  Region& region = regions[{device, id}];
-  if (!captured && region.size >= words) return region.offset;
-  // A line of the cache to each.
-  const int64_t size = blocks_of(words, 32) * 32;
-  int64_t& next = used[device];
-  if (size > kPool - next) return -1;
-  const int64_t offset = next;
-  next += size;
-  if (!captured) region = {offset, size};
-  return offset;
+  static WordPool reserved(kPool);
+  return reserved.reserve(device, stream, words);
 }
 
 void launch_range(Element element, const void* x, const Extent& extent, ActivationKind activation,
