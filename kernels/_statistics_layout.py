@@ -7,7 +7,6 @@ work is divided until there are about PROGRAMS of them.
 
 import math
 
-import torch
 import triton
 
 ELEMENTS = 16
@@ -15,10 +14,6 @@ ELEMENTS = 16
 TILE, LARGEST, WIDEST = 2048, 4096, 64
 # Eight for each of 132 multiprocessors. Most tiles that a program sums around the mean of its first.
 PROGRAMS, MOST_TILES = 1056, 16
-
-
-def compute_dtype(x):
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def launch(tile):
@@ -30,11 +25,6 @@ def walked(x):
     inner = not x.is_contiguous() and x.dim() > 2 and x.movedim(1, -1).is_contiguous()
     x = x if inner else x.contiguous()
     return x, inner or x.shape[2:].numel() == 1
-
-
-def like(x):
-    """An empty output for a tensor that `walked` returned."""
-    return torch.empty_like(x)
 
 
 def vector(x):

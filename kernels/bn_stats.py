@@ -15,8 +15,7 @@ from . import _bn_stats_jit as jit
 from . import _bn_stats_merge_jit as merge
 from . import _statistics_layout as layout
 from . import _statistics_lists as lists
-from ._layout import TILE, in_memory_order, tile_shape, tile_size
-from ._statistics_layout import compute_dtype
+from ._layout import TILE, compute_dtype, in_memory_order, tile_shape, tile_size
 
 __all__ = [
     "batch_norm_batch_statistics",
@@ -48,7 +47,7 @@ def _moments(x, per_image, norm=None, final=True):
     variance [N, C], else (rows, parts of an image, fold, values of a part, values of an image) of float64 moments.
     """
     x, inner = layout.walked(x)
-    y = x if norm is None else layout.like(x)
+    y = x if norm is None else torch.empty_like(x)
     images, channels, values = *x.shape[:2], x.shape[2:].numel()
     if inner and per_image and norm is None and values > 1 and values * channels <= _FEW:
         x, inner = x.contiguous(), False
@@ -127,14 +126,14 @@ def instance_statistics(x):
 
 def batch_norm_instance_statistics(x, weight, bias, running_mean, running_var, eps):
     if x.numel() == 0:
-        return layout.like(x.contiguous()), *_nan(x, *x.shape[:2])
+        return torch.empty_like(x.contiguous()), *_nan(x, *x.shape[:2])
     x, y, moments, rows = _moments(x, True, (weight, bias, running_mean, running_var, eps))
     return y, *(moments if rows is None else _merge(x, moments, rows, merge.INSTANCE, x.shape[0])[2:])
 
 
 def batch_norm_batch_statistics(x, weight, bias, running_mean, running_var, eps):
     if x.numel() == 0:
-        return layout.like(x.contiguous()), *_nan(x, x.shape[1])
+        return torch.empty_like(x.contiguous()), *_nan(x, x.shape[1])
     x, y, moments, rows = _moments(x, False, (weight, bias, running_mean, running_var, eps))
     _, _, mean, var = _merge(x, moments, rows, merge.BATCH, 1)
     return y, mean[0], var[0]
