@@ -1,4 +1,4 @@
-"""DeepInversion's and ZeroQ's losses on BatchNorm statistics in three lines each, inside anybody's training loop.
+"""Losses on BatchNorm statistics in three lines, inside anybody's training loop: DeepInversion's and the squared one.
 
     python examples/deep_inversion.py
 
@@ -66,7 +66,7 @@ def main() -> None:
             network(images)
         return alignment_loss(layers, reduction="norm", spread="var").total
 
-    def zeroq() -> Tensor:
+    def squared() -> Tensor:
         with recorder.record() as layers:
             network(images)
         return alignment_loss(layers, reduction="sum", spread="std").total
@@ -79,7 +79,7 @@ def main() -> None:
 
     for name, ours, theirs in (
         ("DeepInversion", deep_inversion, lambda: hooked(plain, images, norm, std=False)),
-        ("ZeroQ", zeroq, lambda: hooked(plain, images, squares, std=True)),
+        ("Squares of means and deviations", squared, lambda: hooked(plain, images, squares, std=True)),
     ):
         got, want = ours(), theirs()
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
@@ -89,13 +89,13 @@ def main() -> None:
         print(f"{name}: loss {got.item():.4f} and gradients are equal to those of hooks")
 
     optimizer = torch.optim.Adam([images], lr=0.1)
-    first = zeroq().item()
+    first = squared().item()
     for _ in range(30):
         optimizer.zero_grad()
-        loss = zeroq()
+        loss = squared()
         loss.backward()
         optimizer.step()
-    last = zeroq().item()
+    last = squared().item()
     assert last < 0.2 * first, (first, last)
     print(f"30 steps of Adam: {first:.3f} to {last:.3f}")
 

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 from clusterq import ops
@@ -14,6 +15,18 @@ from clusterq.nn import replace_batch_norm
 from clusterq.ops import AlignmentTargets, ClassTargets, alignment_loss
 
 CHANNELS = (3, 65, 16)
+
+
+class Layer(NamedTuple):
+    """As a recorder reports it."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    spatial: int
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+
+
 WIDTH = sum(CHANNELS)
 IMAGES = 11
 SLOTS = 4
@@ -192,6 +205,17 @@ def test_the_gradients_are_derivatives():
         )
 
 
+def test_second_derivatives():
+    mean, var, *running = statistics(torch.float64, 5)
+    labels = torch.tensor([0, 1, 1, 0, 2])
+    rows = torch.randn(2, 3, CHANNELS[2]).double()
+    classes = ClassTargets(labels, rows, rows.abs(), (0.5, 0.3), average=True)
+    leaves = [t.requires_grad_() for t in (mean, var)]
+    for reduction in ("sum", "norm"):
+        targets = AlignmentTargets(CHANNELS, *running, reduction=reduction, first=2)
+        assert gradgradcheck(lambda m, v, t=targets: t(m, v, classes).total, leaves)
+
+
 def test_columns_of_a_wider_matrix():
     mean, var, *running = statistics()
     wide = torch.randn(IMAGES, 2 * WIDTH)
@@ -276,6 +300,47 @@ def test_compiles_without_graph_breaks():
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_without_gradients_and_with_targets_made_inside():
+    mean, var, *running = statistics()
+    targets = AlignmentTargets(CHANNELS, *running)
+    compiled = torch.compile(lambda m, v: targets(m, v).total, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(mean, var), targets(mean, var).total)
+    ends = torch.tensor(CHANNELS).cumsum(0).tolist()
+    parts = [slice(e - c, e) for e, c in zip(ends, CHANNELS, strict=True)]
+
+    def loss(mean, var):
+        layers = [
+            Layer(mean=mean[:, p], var=var[:, p], spatial=4, running_mean=running[0][p], running_var=running[1][p])
+            for p in parts
+        ]
+        return alignment_loss(layers, correction=1).total
+
+    given = [t.clone().requires_grad_() for t in (mean, var)]
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), loss(*given))
+
+
+def test_targets_are_copies():
+    mean, var, *running = statistics()
+    for spread in ("std", "var"):
+        targets = AlignmentTargets(CHANNELS, *running, spread=spread)
+        before = targets(mean, var).total
+        for buffer in running:
+            buffer.add_(1)
+        assert torch.equal(targets(mean, var).total, before)
+
+
+def test_statistics_of_offset_data_are_as_good_as_documented():
+    """The merge of float32 instance statistics, against float64."""
+    x = torch.randn(64, 4, 16, 16) + 1e4
+    mean, var = ops.instance_statistics(x)
+    labels = torch.arange(64) % 8
+    targets = AlignmentTargets((4,), torch.zeros(4), torch.ones(4), spread="var", first=0)
+    result = targets(mean, var, ClassTargets(labels, torch.zeros(8, 4), torch.zeros(8, 4)))
+    exact = torch.stack([x[labels == k].double().var((0, 2, 3), correction=0) for k in range(8)])
+    assert ((result.class_spread.double() - exact).abs() <= 1e-4 * exact).all()
+
+
 WORKER = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
@@ -327,6 +392,15 @@ def test_processes_share_one_batch(reduction, tmp_path):
     assert all(out.strip() == "ok" for out, _ in outputs), [err[-2000:] for _, err in outputs]
 
 
+def layers(*images):
+    """One of two channels for each number of images."""
+    zero = torch.zeros(2)
+    return [
+        Layer(mean=torch.zeros(n, 2), var=torch.ones(n, 2), spatial=4, running_mean=zero, running_var=zero + 1)
+        for n in images
+    ]
+
+
 def test_bad_arguments_are_named():
     mean, var, *running = statistics()
     targets = AlignmentTargets(CHANNELS, *running, first=1)
@@ -345,6 +419,13 @@ def test_bad_arguments_are_named():
         (ValueError, "var_factors has 2", lambda: targets(mean, var, var_factors=[1, 1])),
         (ValueError, "classes.mean has shape", lambda: targets(mean, var, classes._replace(mean=classes.mean[:1]))),
         (ValueError, "labels has shape", lambda: targets(mean, var, classes._replace(labels=classes.labels[1:]))),
+        (ValueError, "known has shape", lambda: targets(mean, var, classes._replace(known=torch.ones(1).bool()))),
+        (TypeError, "known has dtype", lambda: targets(mean, var, classes._replace(known=torch.ones(SLOTS)))),
+        (ValueError, "mean has no images", lambda: targets(mean[:0], var[:0])),
+        (TypeError, "first is 1.5", lambda: alignment_loss(layers(3, 3), first=1.5)),
+        (ValueError, "first is 3", lambda: alignment_loss(layers(3, 3), first=3)),
+        (ValueError, r"layers\[1\] has 4 images; wanted 3", lambda: alignment_loss(layers(3, 4))),
+        (ValueError, "correction is not 0", lambda: alignment_loss(layers(3, 3), correction=1, group=object())),
     ]:
         with pytest.raises(error, match=name):
             call()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -144,6 +144,12 @@ def test_an_image_left_out_has_no_influence_and_no_gradient(memory_format):
         (wanted,) = torch.autograd.grad(sum(t.square().sum() for t in function(other)), other)
         torch.testing.assert_close(gradient, wanted)
         assert torch.equal(gradient[3], torch.zeros(4, 6, 6))
+        # Whatever the others hold.
+        spoiled = x.detach().clone()
+        spoiled[2] = math.nan
+        spoiled.requires_grad_()
+        (gradient,) = torch.autograd.grad(sum(t.square().sum() for t in function(spoiled)), spoiled)
+        assert torch.equal(gradient[3], torch.zeros(4, 6, 6))
 
 
 def test_a_list_is_its_layers():
@@ -180,6 +186,8 @@ def hard_data():
         "squares overflow float32": noise * 1e18 + 1e20,
         "nearly constant": noise * 1e-20,
         "constant": torch.full_like(noise, 1234.567),
+        # Few distinct squares, which all round the same way.
+        "two values": (noise > 2).double() * 0.05,
     }
 
 
@@ -299,6 +307,35 @@ def test_gradients_are_the_true_derivatives(shape):
         assert gradcheck(lambda x: ops.class_statistics(x, labels, 4, mask=mask)[1:], x)
         for function in (ops.batch_norm_with_statistics, ops.batch_norm_with_instance_statistics):
             assert gradcheck(lambda x, w, b, f=function: f(x, w, b, *rest), (x, weight, bias))
+
+
+def test_second_derivatives():
+    """Where autograd asks for them; nothing else of the loss may hide that they are missing."""
+    labels = torch.tensor([2, 0, 2])
+    weights = torch.tensor([0.5, 0.0, 1.5], dtype=torch.float64)
+    weight, bias, *rest = bn_arguments(2, torch.float64, requires_grad=True)
+    x = torch.randn(3, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert gradgradcheck(ops.instance_statistics, x)
+    assert gradgradcheck(lambda x: ops.instance_statistics_list([x, x * 2]), x)
+    for given in (None, weights):
+        assert gradgradcheck(lambda x, w=given: ops.batch_norm_statistics(x, correction=1, weights=w), x)
+        assert gradgradcheck(lambda x, w=given: ops.class_statistics(x, labels, 4, weights=w)[1:], x)
+    for function in (ops.batch_norm_with_statistics, ops.batch_norm_with_instance_statistics):
+        assert gradgradcheck(lambda x, w, b, f=function: f(x, w, b, *rest), (x, weight, bias))
+    hessian = torch.autograd.functional.hessian(lambda x: ops.batch_norm_statistics(x)[1].sum(), x[:, :, :2, :2])
+    wanted = torch.autograd.functional.hessian(lambda x: x.var((0, 2, 3), correction=0).sum(), x[:, :, :2, :2])
+    torch.testing.assert_close(hessian, wanted)
+
+
+def test_a_list_computes_the_gradients_that_are_needed():
+    xs = [torch.randn(3, c, 4, 4, requires_grad=c != 5) for c in (2, 5, 3)]
+    mean, var = ops.instance_statistics_list(xs)
+    weight = torch.randn(2, *mean.shape)
+    grads = torch.autograd.grad((weight[0] * mean + weight[1] * var).sum(), [xs[0], xs[2]])
+    for x, grad, (a, b) in zip((xs[0], xs[2]), grads, ((0, 2), (7, 10)), strict=True):
+        m, v = ops.instance_statistics(x)
+        (wanted,) = torch.autograd.grad((weight[0][:, a:b] * m + weight[1][:, a:b] * v).sum(), x)
+        torch.testing.assert_close(grad, wanted)
 
 
 def test_merges_are_differentiable():

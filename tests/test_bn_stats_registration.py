@@ -82,7 +82,7 @@ sys.path.insert(0, sys.argv[1])
 from test_bn_stats_registration import results
 torch.manual_seed(0)
 digest = hashlib.sha256()
-for shape in [(3, 20, 7, 7), (4, 33), (2, 3, 70, 70), (5, 16, 4, 4)]:
+for shape in [(3, 20, 7, 7), (4, 33), (2, 3, 70, 70), (5, 16, 4, 4), (40, 20, 5, 5)]:
     # Uniform: torch's own normal generator gives other values on other instruction sets.
     base = torch.rand(shape) * 9 + 1
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,31 @@ def compiled(name, architecture, folder):
     listing = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
     sections = re.split(r"^\.text\.(\S+):", listing, flags=re.MULTILINE)
     return child.stderr, dict(zip(sections[1::2], sections[2::2], strict=True))
+
+
+def compiled_all(sources, architecture, folder):
+    """{file: what `compiled` returns}."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(sources, pool.map(lambda name: compiled(name, architecture, folder), sources), strict=True))
+
+
+def assert_wide(code, wide):
+    """`wide`: {what: (pattern of the mangled name, kernels it means, fewest 16-byte loads and stores of each, most
+    instructions)}; `code`: of `compiled_all`."""
+    every = {name: listing for _, kernels in code.values() for name, listing in kernels.items()}
+    found = {}
+    for what, (pattern, count, loads, stores, limit) in wide.items():
+        kernels = {name: listing for name, listing in every.items() if re.search(pattern, name)}
+        assert len(kernels) == count, (what, list(kernels))
+        for name, listing in kernels.items():
+            assert len(re.findall(r"\bLDG\.E\S*\.128", listing)) >= loads, name
+            assert len(re.findall(r"\bSTG\.E\S*\.128", listing)) >= stores, name
+        instructions = [
+            len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", c, re.MULTILINE)) for c in kernels.values()
+        ]
+        found[what] = (max(instructions), limit)
+    # Far below the bound the pattern no longer reads the listing.
+    assert all(limit / 3 < most <= limit for most, limit in found.values()), found
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
-from test_cuda_build import ARCHITECTURES, ROOT, compiled
+from test_cuda_build import ARCHITECTURES, ROOT, assert_wide, compiled_all
 from test_statistics_cuda_code import SOURCES as STATISTICS
 
 # Kernels in each file.
@@ -55,9 +54,7 @@ WIDE = {
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def code(request, tmp_path_factory):
     """{file: (ptxas report, {mangled kernel: machine code})} for one architecture."""
-    folder = tmp_path_factory.mktemp("cuda")
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(SOURCES, pool.map(lambda n: compiled(n, request.param, folder), SOURCES), strict=True))
+    return compiled_all(SOURCES, request.param, tmp_path_factory.mktemp("cuda"))
 
 
 def test_every_source_is_read():
@@ -75,17 +72,4 @@ def test_nothing_spills(code):
 
 
 def test_wide_kernels(code):
-    every = {name: listing for _, kernels in code.values() for name, listing in kernels.items()}
-    found = {}
-    for what, (pattern, count, loads, stores, limit) in WIDE.items():
-        kernels = {name: listing for name, listing in every.items() if re.search(pattern, name)}
-        assert len(kernels) == count, (what, list(kernels))
-        for name, listing in kernels.items():
-            assert len(re.findall(r"\bLDG\.E\S*\.128", listing)) >= loads, name
-            assert len(re.findall(r"\bSTG\.E\S*\.128", listing)) >= stores, name
-        instructions = [
-            len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S", c, re.MULTILINE)) for c in kernels.values()
-        ]
-        found[what] = (max(instructions), limit)
-    # Far below the bound the pattern no longer reads the listing.
-    assert all(limit / 3 < most <= limit for most, limit in found.values()), found
+    assert_wide(code, WIDE)

@@ -1,15 +1,20 @@
-"""Autograd of the BatchNorm statistics: every backward is one affine pass over x, `a * (x - center) + b`."""
+"""Autograd of the BatchNorm statistics: every backward is one affine pass over x, `a * (x - center) + b`.
+
+Where a second derivative may be asked for (`create_graph=True`, torch.func) the same formula runs as torch operations:
+the center is the mean that the forward returned, so that its own dependence on x is part of the graph.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _bn_stats_ops as op
+from clusterq.ops import _bn_stats_reference as reference
 from clusterq.ops._checks import ordered_sum
 from clusterq.ops.merge_statistics import reciprocal
 
@@ -32,6 +37,16 @@ def _with_factors(
     return grad_mean, grad_var, mean_factor, var_factor
 
 
+def _traced() -> bool:
+    """Whether the backward has to be differentiable; torch.compile refuses to differentiate twice by itself."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _statistics_backward(*arguments: Any) -> Tensor:
+    result: Tensor = (reference.statistics_backward if _traced() else op.statistics_backward)(*arguments)
+    return result
+
+
 class InstanceStatistics(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> Any:
@@ -43,13 +58,12 @@ class InstanceStatistics(torch.autograd.Function):
         ctx.save_for_backward(inputs[0], output[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None) -> Any:
         if grad_mean is None and grad_var is None:
             return None
         x, mean = ctx.saved_tensors
         factor = reciprocal(spatial_size(x))
-        return op.statistics_backward(x, mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
+        return _statistics_backward(x, mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
 
 
 class InstanceStatisticsList(torch.autograd.Function):
@@ -63,12 +77,24 @@ class InstanceStatisticsList(torch.autograd.Function):
         ctx.save_for_backward(output[0], *inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None) -> Any:
         mean, *xs = ctx.saved_tensors
         if grad_mean is None and grad_var is None:
             return (None,) * len(xs)
-        return tuple(op.statistics_backward_list(xs, mean, grad_mean, grad_var))
+        # Layers that need no gradient are often the first ones, or all of a frozen part.
+        wanted = list(ctx.needs_input_grad)
+        if not all(wanted):
+            ends = list(itertools.accumulate(x.shape[1] for x in xs))
+            columns = [
+                None
+                if t is None
+                else torch.cat([t[:, e - x.shape[1] : e] for x, e, w in zip(xs, ends, wanted, strict=True) if w], 1)
+                for t in (mean, grad_mean, grad_var)
+            ]
+            xs, (mean, grad_mean, grad_var) = [x for x, w in zip(xs, wanted, strict=True) if w], columns
+        backward = reference.statistics_backward_list if _traced() else op.statistics_backward_list
+        found = iter(backward(xs, mean, grad_mean, grad_var))
+        return tuple(next(found) if needed else None for needed in wanted)
 
 
 class BatchNormStatistics(torch.autograd.Function):
@@ -83,7 +109,6 @@ class BatchNormStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, output[0], weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_mean: Tensor | None, grad_var: Tensor | None) -> Any:
         if grad_mean is None and grad_var is None:
             return None, None, None
@@ -93,13 +118,18 @@ class BatchNormStatistics(torch.autograd.Function):
             values = x.shape[0] * spatial
             by_mean, by_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
             own = _with_factors(by_mean, by_var, reciprocal(values), 2 * reciprocal(values - ctx.correction))
-            return op.statistics_backward(x, mean[None], *own), None, None
+            return _statistics_backward(x, mean[None], *own), None, None
         total = ordered_sum(weights.double(), [0]) * spatial
         free = total - ctx.correction
         mean_share = (weights / total).to(mean.dtype)[:, None]
         var_share = (2 * weights / torch.where(free > 0, free, math.nan)).to(mean.dtype)[:, None]
-        grads = _scaled(grad_mean, mean_share), _scaled(grad_var, var_share)
-        return op.statistics_backward(x, mean[None], *grads, 1.0, 1.0), None, None
+        # Images left out: their gradient is 0, whatever the statistics are.
+        inside = weights[:, None] != 0
+        grads = [
+            None if t is None else torch.where(inside, t * share, 0)
+            for t, share in ((grad_mean, mean_share), (grad_var, var_share))
+        ]
+        return _statistics_backward(x, mean[None], *grads, 1.0, 1.0), None, None
 
 
 class ClassStatistics(torch.autograd.Function):
@@ -116,7 +146,6 @@ class ClassStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, labels, weights, count, total, mean)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Any, __: Any, grad_mean: Tensor | None, grad_var: Tensor | None) -> Any:
         if grad_mean is None and grad_var is None:
             return None, None, None, None
@@ -128,7 +157,7 @@ class ClassStatistics(torch.autograd.Function):
         share = reciprocal(spatial_size(x)) / torch.where(count > 0, total, 1)[index]
         share = torch.where(inside, share if weights is None else share * weights, 0)[:, None]
         grads = [None if t is None else torch.where(share == 0, 0, t[index] * share) for t in (grad_mean, grad_var)]
-        return op.statistics_backward(x, mean[index], *grads, 1.0, 2.0), None, None, None
+        return _statistics_backward(x, mean[index], *grads, 1.0, 2.0), None, None, None
 
 
 class BatchNormWithStatistics(torch.autograd.Function):
@@ -152,7 +181,6 @@ class BatchNormWithStatistics(torch.autograd.Function):
         ctx.save_for_backward(x, weight, running_mean, running_var, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None) -> Any:
         x, weight, running_mean, running_var, mean = ctx.saved_tensors
         x_needed, weight_needed, bias_needed = ctx.needs_input_grad[:3]
@@ -164,9 +192,11 @@ class BatchNormWithStatistics(torch.autograd.Function):
                 grad_mean, grad_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
             own = (mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
             if grad is None:
-                dx = op.statistics_backward(x, *own)
+                dx = _statistics_backward(x, *own)
             else:
-                dx = op.batch_norm_statistics_backward(grad, x, weight, running_var, ctx.eps, *own)
+                backward = reference.batch_norm_statistics_backward if _traced() else op.batch_norm_statistics_backward
+                dx = backward(grad, x, weight, running_var, ctx.eps, *own)
         if grad is not None and (weight_needed or bias_needed):
-            dweight, dbias = op.batch_norm_parameter_backward(grad, x, running_mean, running_var, ctx.eps)
+            backward = reference.batch_norm_parameter_backward if _traced() else op.batch_norm_parameter_backward
+            dweight, dbias = backward(grad, x, running_mean, running_var, ctx.eps)
         return dx, dweight if weight_needed else None, dbias if bias_needed else None, None, None, None, None

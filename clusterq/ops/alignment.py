@@ -2,12 +2,16 @@
 
 With the statistics of layer l over the batch, mean_l and var_l [C_l], and the running ones mu_l and sigma_l^2:
 
-    "sum"   sum_l w_l sum_c (mean - mu)^2 + (spread - target)^2                  ClusterQ (9), ZeroQ
+    "sum"   sum_l w_l sum_c (mean - mu)^2 + (spread - target)^2                  ClusterQ (9)
     "mean"  (1 / L) sum_l w_l / C_l sum_c (mean - mu)^2 + (spread - target)^2    every layer counts alike
     "norm"  sum_l w_l (||mean_l - mu_l||_2 + ||spread_l - target_l||_2)          DeepInversion
 
 spread is the standard deviation, sqrt(var + 1e-10), or the variance. Class terms compare, in the same way and always
 squared, the statistics of the images of each class with targets of that class, ClusterQ (4) and (6).
+
+ZeroQ's paper has the form of ClusterQ (9); its code compares single images. The statistics are merged from instance
+means in float32: where the mean is 10^4 times the spread, the variance of a class is off by about 3e-5 of itself, of
+the batch by less than 1e-5. `batch_norm_statistics` and `class_statistics` read x itself and keep the digits.
 
 Everything that follows the instance statistics [N, C_l] of the layers, merges, losses, gradients and their sum, is one
 kernel on matrices [N, D], D = sum of the C_l. The gradients are computed with the loss, so a backward is two products.
@@ -22,13 +26,18 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from clusterq.ops import _alignment_op as op
-from clusterq.ops._alignment_reference import merge_moments
-from clusterq.ops._autograd import apply
-from clusterq.ops._checks import check_device, check_integer, check_number, check_shape, check_tensor
-from clusterq.ops.merge_statistics import check_labels, reciprocal
+from clusterq.ops import _alignment_reference as reference
+from clusterq.ops._autograd import apply, wants_gradient
+from clusterq.ops._checks import check_device, check_integer, check_shape, check_tensor
+from clusterq.ops.merge_statistics import (
+    check_labels,
+    check_vector,
+    merge_class_statistics,
+    merge_instance_statistics,
+    reciprocal,
+)
 
 __all__ = ["Alignment", "AlignmentTargets", "ClassTargets", "alignment_loss"]
 
@@ -79,10 +88,11 @@ class ClassTargets(NamedTuple):
     """Class terms of an alignment loss.
 
     Attributes:
-        labels: [N] int64 class of every image; outside [0, S) for none.
+        labels: [N] int64 class of every image; outside [0, S) for none. Over a process group a number has to mean the
+            same class in every process.
         mean, spread: [T, S, D'] targets of T terms, or [S, D'] of one; no gradient. D' columns from the first semantic
             layer on.
-        weights: T weights of the terms in the total.
+        weights: T weights of the terms in the total; on a GPU T is at most 4.
         mask: [N] bool, False: the image belongs to no class.
         known: [S] bool, False: the class has no target and enters no term; None: all have.
         average: a term is the mean over the classes that enter it, else their sum.
@@ -104,15 +114,19 @@ class _AlignmentLoss(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.arguments = len(inputs)
+        mean, var, *ctx.rest = inputs
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[2], output[3])
+        ctx.save_for_backward(mean, var, output[2], output[3])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
-        by_mean, by_var = ctx.saved_tensors
-        return by_mean * grad, by_var * grad, *(None,) * (ctx.arguments - 2)
+        mean, var, by_mean, by_var = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # For a second derivative: the same gradients, as torch operations on mean and var.
+            if ctx.rest[-1] is not None:
+                raise NotImplementedError("an alignment loss over a process group has no second derivative")
+            by_mean, by_var = reference.alignment_loss(mean, var, *ctx.rest)[2:4]
+        return by_mean * grad, by_var * grad, *(None,) * len(ctx.rest)
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,10 +139,12 @@ def _columns(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """`columns` and `starts` of the op from one number per layer."""
-    repeats = torch.tensor(channels)
-    rows = torch.tensor([weights, factors, class_weights], dtype=torch.float64)
+    # Made on the CPU, whatever the default device is.
+    repeats = torch.tensor(channels, device="cpu")
+    rows = torch.tensor([weights, factors, class_weights], dtype=torch.float64, device="cpu")
     starts = torch.cat([repeats.new_zeros(1), repeats.cumsum(0)])
-    return rows.repeat_interleave(repeats, 1).to(device, dtype), starts.to(device)
+    columns = rows.repeat_interleave(repeats, 1, output_size=sum(channels))
+    return columns.to(device, dtype), starts.to(device)
 
 
 def _layer_weights(
@@ -140,7 +156,7 @@ def _layer_weights(
     if len(given) != len(channels):
         raise ValueError(f"{name} has {len(given)} numbers; wanted {len(channels)}, one per layer")
     if reduction == "mean":
-        given = [w / (len(channels) * c) for w, c in zip(given, channels, strict=True)]
+        given = [w / (len(channels) * max(c, 1)) for w, c in zip(given, channels, strict=True)]
     return tuple(given)
 
 
@@ -189,8 +205,10 @@ class AlignmentTargets:
         self.floor = VARIANCE_FLOOR if spread == "std" else None
         self.squared = reduction != "norm"
         self.weight = float(weight)
-        self.mean = running_mean.detach()
-        self.spread = running_var.detach()
+        check_device("running_var", running_var, running_mean.device, "running_mean")
+        # Copies: what a layer does to its running statistics later changes nothing here.
+        self.mean = running_mean.detach().clone()
+        self.spread = running_var.detach().to(running_mean.dtype, copy=True)
         if spread == "std":
             self.spread = torch.sqrt(self.spread + VARIANCE_FLOOR)
         self._weights = _layer_weights(self.channels, reduction, layer_weights)
@@ -215,7 +233,8 @@ class AlignmentTargets:
         Args:
             mean, var: [N, D] of the layers side by side, the variances biased.
             classes: class terms, None for none.
-            var_factors: per layer, on the merged biased variance: M / (M - 1) compares unbiased variances; None: 1.
+            var_factors: per layer, on the biased variance of the batch (not of classes): M / (M - 1) compares unbiased
+                variances; None: 1. Over a group M counts the values of all its processes.
             group: processes whose images form one batch; every one gets the loss of all images and the gradient of
                 its own. The sum over the processes is the gradient of a parameter: what averages gradients, as
                 DistributedDataParallel does, divides it by their number.
@@ -227,6 +246,8 @@ class AlignmentTargets:
         check_tensor("var", var, (self.mean.dtype,))
         if mean.dim() != 2 or mean.shape[1] != self.width:
             raise ValueError(f"mean has shape {tuple(mean.shape)}; wanted [N, {self.width}]")
+        if mean.shape[0] == 0 and group is None:
+            raise ValueError("mean has no images; wanted at least one")
         check_shape("var", var, mean.shape)
         check_device("mean", mean, self.mean.device, "the targets")
         columns, starts = self._columns
@@ -250,13 +271,20 @@ class AlignmentTargets:
             for name, goal in (("classes.mean", goal_mean), ("classes.spread", goal_spread)):
                 check_tensor(name, goal, (mean.dtype,))
                 check_shape(name, goal, wanted)
+                check_device(name, goal, mean.device, "mean")
+            if known is not None:
+                check_vector("known", known, slots, mean.device, (torch.bool,))
         merged: Any = (None, None, None)
         if group is not None:
             merged = _merged_over(group, mean.detach(), var.detach(), labels, mask, slots)
-        outputs = apply(
-            _AlignmentLoss, mean, var, self.mean, self.spread, columns, starts, self.weight, self.squared, self.floor,
-            labels, mask, slots, self.offset, goal_mean, goal_spread, known, class_weights, average, *merged,
+        arguments = (
+            self.mean, self.spread, columns, starts, self.weight, self.squared, self.floor, labels, mask, slots,
+            self.offset, goal_mean, goal_spread, known, class_weights, average, *merged,
         )  # fmt: skip
+        if wants_gradient(mean, var):
+            outputs = apply(_AlignmentLoss, mean, var, *arguments)
+        else:
+            outputs = op.alignment_loss(mean, var, *arguments)
         total, terms, _, _, count, class_mean, class_spread = outputs
         return Alignment(total, terms[0], terms[1:], count, class_mean, class_spread)
 
@@ -273,7 +301,15 @@ def _merged_over(
 
     Chan's rule on (count, mean, M2): torch's SyncBatchNorm once exchanged 1 / std and lost digits.
     """
-    count, center, variance = merge_moments(mean, var, labels, mask, slots)
+    if mean.shape[0] > 0:
+        center, variance = (t[None] for t in merge_instance_statistics(mean.double(), var.double(), 1))
+    else:
+        center = variance = mean.new_zeros(1, mean.shape[1], dtype=torch.float64)
+    count = center.new_full((1,), mean.shape[0])
+    if labels is not None:
+        own_count, *own_moments = merge_class_statistics(mean.double(), var.double(), labels, slots, mask)
+        count = torch.cat([count, own_count.double()])
+        center, variance = (torch.cat(pair) for pair in zip((center, variance), own_moments, strict=True))
     own = torch.cat([count[:, None], center, variance * count[:, None]], 1)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group)
@@ -312,10 +348,12 @@ def alignment_loss(
         layers: what the layers saw, such as the list that `StatisticsRecorder.record()` yields; all with the images of
             one batch.
         reduction, layer_weights, spread: see the module.
-        correction: 0 compares the biased variance; 1 the unbiased one, which the running variance follows.
+        correction: 0 compares the biased variance of the batch; 1 the unbiased one, which the running variance follows.
+            Class terms have the biased one.
         classes: class terms for the columns of `layers[first:]`.
         first, class_reduction: as for `AlignmentTargets`.
-        group: as for `AlignmentTargets.__call__`; `correction` then counts the images of this process alone.
+        group: as for `AlignmentTargets.__call__`; with `correction=0` only, as no process knows how many images the
+            others have.
 
     Returns:
         `Alignment`, with `total` to differentiate. Data that do not change, such as the running statistics, can be
@@ -327,7 +365,14 @@ def alignment_loss(
     if len(layers) == 0:
         raise ValueError("layers is empty; wanted the statistics of at least one layer")
     check_integer("correction", correction, 0)
-    check_number("first", first, 0)
+    check_integer("first", first, 0, len(layers))
+    if group is not None and correction != 0:
+        raise ValueError("correction is not 0 with a group; give AlignmentTargets the var_factors of the whole batch")
+    for i, layer in enumerate(layers):
+        if layer.mean.shape[0] != layers[0].mean.shape[0]:
+            raise ValueError(
+                f"layers[{i}] has {layer.mean.shape[0]} images; wanted {layers[0].mean.shape[0]}, as layers[0] has"
+            )
     mean = torch.cat([layer.mean for layer in layers], 1)
     var = torch.cat([layer.var for layer in layers], 1)
     targets = AlignmentTargets(

@@ -127,7 +127,7 @@ void write_single(const View& x, const Tensor& mean, const Tensor& var, int64_t 
     const T* data = x.data<T>();
     auto* m = static_cast<E*>(mean.mutable_data_ptr()) + c0;
     auto* v = static_cast<E*>(var.mutable_data_ptr()) + c0;
-    const int64_t per_task = grain(x, 1) == 1 ? std::max<int64_t>(1, ceil_div(x.images, kShards)) : x.images;
+    const int64_t per_task = std::max<int64_t>(1, x.numel() < 32768 ? x.images : ceil_div(x.images, kShards));
     torch::stable::parallel_for(0, x.images, per_task, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t c = 0; c < x.channels; ++c) {

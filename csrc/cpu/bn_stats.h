@@ -132,11 +132,13 @@ std::vector<E> scales(int64_t channels, const std::optional<Tensor>& weight, con
 }
 
 // Rows of C channels that are folded into one, so that a row fills four lanes' worth of registers.
-inline int64_t fold(int64_t channels) { return std::max<int64_t>(1, (64 + channels - 1) / channels); }
+inline int64_t fold(int64_t channels) { return ceil_div(64, std::max<int64_t>(1, channels)); }
 
-// Rows per block of a channels-innermost tensor: short enough to stay in the L2 cache until recomputed.
+// Rows per block of a channels-innermost tensor: short enough to stay in the L2 cache until recomputed, and for a lane,
+// which adds one value of every `fold` rows, to add at most 256 in a row. Equal squares round alike every time.
 inline int64_t block_rows(int64_t channels) {
-  return std::clamp<int64_t>(65536 / std::max<int64_t>(1, channels), 32, 1024);
+  const int64_t rows = std::max<int64_t>(32, 65536 / std::max<int64_t>(1, channels));
+  return std::min(rows, 256 * fold(channels));
 }
 
 // Work is cut into this many shards whatever the number of threads, so that results do not depend on it.
