@@ -7,9 +7,8 @@ ResNet-20 on 32x32 images, float32. First the loss alone, given the inputs of al
 alignment, class alignment and diversity of the 12 deepest layers, and the gradients of the inputs.
 
 - `clusterq`: `instance_statistics_list` and `AlignmentTargets`.
-- `eager`: `x.mean` and `x.var`, as published code has it, and the same loss in a dozen torch operations and two merges
-of
-  ours (`eager_losses.py`).
+- `eager`: `x.mean` and `x.var`, as published code has it, and the same loss in a dozen torch operations and two
+  merges of ours (`eager_losses.py`).
 - `squares`: the same with the variance as mean of the centred squares, which torch computes several times as fast.
 - `compiled`: `torch.compile` of `eager`.
 

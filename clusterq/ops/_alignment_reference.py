@@ -130,6 +130,7 @@ def alignment_loss(
         grad_mean.to(dtype),
         grad_var.to(dtype),
         merged_count[1:].long(),
-        own_mean.to(dtype),
-        own_spread.to(dtype),
+        # Parts of larger tensors, maybe of arguments.
+        own_mean.to(dtype).clone(memory_format=torch.contiguous_format),
+        own_spread.to(dtype).clone(memory_format=torch.contiguous_format),
     )
