@@ -127,8 +127,8 @@ def alignment_loss(
     return (
         total.to(dtype),
         torch.stack(terms).to(dtype),
-        grad_mean.to(dtype),
-        grad_var.to(dtype),
+        grad_mean.to(dtype).contiguous(),
+        grad_var.to(dtype).contiguous(),
         merged_count[1:].long(),
         # Parts of larger tensors, maybe of arguments.
         own_mean.to(dtype).clone(memory_format=torch.contiguous_format),
