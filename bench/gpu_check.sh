@@ -79,9 +79,11 @@ tests() {
   for backend in auto triton; do
     echo "-- ${backend}"
     CLUSTERQ_BACKEND=$backend pytest "${parallel[@]}" tests/kernel_cases.py tests/kernel_mask_cases.py \
-      tests/statistics_kernel_cases.py tests/alignment_kernel_cases.py tests/statistics_cuda_cases.py || status=1
+      tests/statistics_kernel_cases.py tests/alignment_kernel_cases.py || status=1
     CLUSTERQ_BACKEND=$backend pytest tests/gpu_cases.py tests/gpu_statistics_cases.py || status=1
   done
+  # Ways that only the CUDA C++ kernels take.
+  pytest "${parallel[@]}" tests/statistics_cuda_cases.py || status=1
   return $status
 }
 
