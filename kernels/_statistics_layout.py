@@ -60,7 +60,9 @@ def planes(x):
         parts, tiles = split(triton.cdiv(cols, LARGEST), count)
     block_g = min(max(TILE // block_k, 1), power(count))
     size, col_groups = group(cols)
-    constants = {"VEC": vec, "GROUP": size, "BLOCK_G": block_g, "BLOCK_K": block_k}
+    # A row that begins before its part, at 16 bytes, ends in a second tile where the part fills the first.
+    single = tiles == 1 and (vec == 1 or width <= LARGEST)
+    constants = {"VEC": vec, "GROUP": size, "BLOCK_G": block_g, "BLOCK_K": block_k, "SINGLE": single}
     constants |= {"MANY": channels >= 2 * block_g, "FEW": block_g == 1}
     sizes = (count, channels, col_groups, parts, tiles, magic(cols))
     return triton.cdiv(count, block_g) * parts, sizes, constants

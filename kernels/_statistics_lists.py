@@ -50,14 +50,36 @@ def backward_kind(x, inner):
     return kind, triton.cdiv(images * channels * values, _BLOCK)
 
 
+# Calls whose tensors have been through the kernels of single tensors.
+_loaded = set()
+
+
+def not_loaded(call, ways, alone):
+    """Indices of tensors in the table that have to go once through the kernels of single tensors as well.
+
+    They serve while a graph is captured, and a kernel that has not run before cannot be loaded then.
+    """
+    if not ways[0][0].is_cuda or torch.cuda.is_current_stream_capturing():
+        return []
+    found = []
+    for i, (x, inner) in enumerate(ways):
+        key = (call, x.device, x.dtype, inner, x.shape)
+        if i not in alone and key not in _loaded:
+            _loaded.add(key)
+            found.append(i)
+    return found
+
+
 def sort(ways, starts, kind_of, outputs=None):
     """Columns of the table, and the indices of the tensors that are not in it."""
     # A graph that is captured would read the table at its replay, from memory that is something else then.
-    captured = ways[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device_of(ways[0][0]):
+        captured = ways[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
     table, alone, programs = [], [], 0
     for i, (x, inner) in enumerate(ways):
         out = x if outputs is None else outputs[i]
-        fits = 0 < x.numel() < 2**31 and not captured and x.dtype == ways[0][0].dtype
+        fits = 0 < x.numel() < 2**31 and not captured
+        fits = fits and (x.dtype, x.device) == (ways[0][0].dtype, ways[0][0].device)
         kind = kind_of(x, inner) if fits and (x.data_ptr() | out.data_ptr()) % 16 == 0 else None
         if kind is None:
             alone.append(i)

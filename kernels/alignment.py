@@ -35,11 +35,13 @@ def alignment_loss(
     terms = len(class_weights) if labels is not None and class_mean is not None and class_spread is not None else 0
     if terms > _MOST_TERMS:
         raise ValueError(f"class_weights has {terms} elements; wanted at most {_MOST_TERMS}")
+    merged = merged_count is not None and merged_mean is not None and merged_var is not None
+    if labels is None and slots > 0 and not merged:
+        raise ValueError(f"slots is {slots} without labels; wanted 0")
     images, wide = mean.shape
     real, device = mean.dtype, mean.device
     (mean, mean_step), (var, var_step) = _rows(mean), _rows(var)
     columns = columns.contiguous()
-    merged = merged_count is not None and merged_mean is not None and merged_var is not None
     optional = (
         mean if labels is None else labels.contiguous(), _bytes(mask, mean),
         *(mean if t is None else t.contiguous() for t in (class_mean, class_spread)), _bytes(known, mean),
@@ -52,7 +54,7 @@ def alignment_loss(
     own_mean, own_spread = (torch.empty((slots, wide - first), dtype=real, device=device) for _ in range(2))
 
     tiles = max(triton.cdiv(wide, _COLUMNS), 1)
-    layers = starts.numel() - 1
+    layers = 0 if squared else starts.numel() - 1
     losses = tiles if squared else layers
     sizes = (4 * (1 + slots) * wide, 1 + slots, tiles * (1 + terms * slots), layers)
     work, counts, partial, norms = torch.empty(sum(sizes), dtype=torch.float64, device=device).split(sizes)

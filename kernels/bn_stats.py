@@ -85,7 +85,7 @@ def _moments(x, per_image, norm=None, final=True):
         else:
             jit.planes_kernel[(programs,)](
                 y, first, second, x, *own, *sizes, *layout.inverses(values, parts, length), eps, NORM=affine,
-                FINAL=final, SINGLE=tiles == 1, EXACT=values == constants["BLOCK_K"], **constants,
+                FINAL=final, EXACT=values == constants["BLOCK_K"], **constants,
                 **layout.launch(constants["BLOCK_G"] * constants["BLOCK_K"]),
             )  # fmt: skip
     return x, y, (first, second), None if final else rows
@@ -259,7 +259,7 @@ def batch_norm_parameter_backward(grad, x, running_mean, running_var, eps):
             rows = x.shape[0] * sizes[3]
             partial = torch.empty(2 * rows * channels, dtype=torch.float64, device=x.device)
             backward.planes_parameter_kernel[(programs,)](
-                partial, x, grad, mean, *sizes[:5], SINGLE=sizes[4] == 1, EXACT=values == constants["BLOCK_K"],
+                partial, x, grad, mean, *sizes[:5], EXACT=values == constants["BLOCK_K"],
                 **constants, **layout.launch(constants["BLOCK_G"] * constants["BLOCK_K"]),
             )  # fmt: skip
         block_c = min(layout.power(channels), 8)
@@ -277,6 +277,8 @@ def instance_statistics_list(xs):
     mean, var = _pair(xs[0], xs[0].shape[0], columns)
     table, alone = lists.sort(ways, starts, lists.statistics_kind)
     lists.launch_statistics(mean, var, table, xs[0])
+    for i in lists.not_loaded("statistics", ways, alone):
+        instance_statistics(xs[i])
     for i in alone:
         own = slice(starts[i], starts[i] + xs[i].shape[1])
         for out, values in zip((mean, var), instance_statistics(xs[i]), strict=True):
@@ -291,10 +293,17 @@ def statistics_backward_list(xs, center, grad_mean, grad_var):
     results = [torch.empty_like(x) for x, _ in ways]
     table, alone = lists.sort(ways, starts, lists.backward_kind, results)
     lists.launch_backward(table, xs[0], center, grad_mean, grad_var)
-    for i in alone:
+
+    def single(i):
         own = slice(starts[i], starts[i] + xs[i].shape[1])
         rows = (None if t is None else t[:, own] for t in (center, grad_mean, grad_var))
         values = xs[i].shape[2:].numel()
         factor = 1.0 / values if values else math.nan
-        results[i] = _backward(xs[i], *rows, factor, 2.0 * factor)
+        return _backward(xs[i], *rows, factor, 2.0 * factor)
+
+    for i in alone:
+        results[i] = single(i)
+    given = "backward", center.shape[0], *(None if t is None else t.shape[0] for t in (grad_mean, grad_var))
+    for i in lists.not_loaded(given, ways, alone):
+        single(i)
     return results

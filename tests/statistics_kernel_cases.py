@@ -56,6 +56,10 @@ SHAPES = [
     (2, 3, 2, 3, 4),
     (3000, 2, 1, 3),
     (1, 2, 90, 110),
+    # Off 16 bytes, and a little less or more than a tile of 4096.
+    (1, 2, 4095),
+    (1, 2, 65, 65),
+    (2, 3, 4099),
 ]
 # In every layout and, in two of them, in every dtype.
 TYPICAL = [(5, 6), (3, 4, 17), (9, 16, 8, 8), (2, 65, 7, 7), (2, 3, 2, 3, 4)]
@@ -73,6 +77,7 @@ CASES = [
     for dtype in (torch.bfloat16, torch.float16, torch.float64)
     if layout == "contiguous" or dtype != torch.float16
 ]
+CASES.append(((1, 3, 4091), "contiguous", torch.bfloat16))
 EMPTY = [(0, 4, 3, 3), (3, 0, 2, 2), (2, 4, 0, 3), (0, 4), (3, 0)]
 every_case = pytest.mark.parametrize("shape, layout, dtype", CASES)
 

@@ -28,7 +28,7 @@ def digest(*values):
     sha = hashlib.sha256()
     for t in flat(values):
         sha.update(f"{t.dtype} {tuple(t.shape)} {t.stride()}".encode())
-        sha.update(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(t.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
 
 found = {}

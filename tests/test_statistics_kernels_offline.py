@@ -19,8 +19,8 @@ backward = importlib.import_module("clusterq.kernels._bn_stats_backward_jit")
 lists = importlib.import_module("clusterq.kernels._bn_stats_list_jit")
 alignment = importlib.import_module("clusterq.kernels._alignment_jit")
 
-vec = 4 if element == "fp32" else 8
-real = triton.language.float32 if element == "fp32" else triton.language.bfloat16
+vec = {"fp32": 4, "bf16": 8, "fp64": 2}[element]
+real = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16, "fp64": triton.language.float64}[element]
 plane = {
     "NORM": -1, "FINAL": True, "SINGLE": True, "EXACT": False, "VEC": 1, "FEW": False, "MANY": True, "GROUP": 16,
     "BLOCK_G": 32, "BLOCK_K": 64,
@@ -34,6 +34,11 @@ sums = {"SINGLE": True, "EXACT": True, "VEC": 1, "MANY": True, "GROUP": 16, "BLO
 slope = {"TERMS": 3, "NORM": -1, "MANY": True, "GROUP": 16, "BLOCK_R": 16, "BLOCK_K": 64}
 rows = {"TERMS": 3, "NORM": -1, "EACH": False, "FOLD": False, "GROUP": 16, "BLOCK_R": 16, "BLOCK_K": 64}
 flat = {"TERMS": 3, "NORM": -1, "MANY": True, "FEW": False, "ROWS": 32, "BLOCK": 1024}
+# Of float64 data the parameters of BatchNorm and the gradients of statistics are float64 too.
+DOUBLE = {} if element != "fp64" else dict.fromkeys(
+    ("dweight_ptr", "dbias_ptr", "var_ptr", "weight_ptr", "bias_ptr", "mean_ptr", "center_ptr", "grad_mean_ptr",
+     "grad_var_ptr", "first_ptr", "second_ptr"), "fp64",
+)
 part = {"first_ptr": "fp64", "second_ptr": "fp64"}
 partial = {"partial_ptr": "fp64"}
 table = {"table_ptr": "i64"}
@@ -75,6 +80,9 @@ cases = {
     "parameters inner": (
         backward.inner_parameter_kernel, {"FOLD": False, "GROUP": 16, "BLOCK_R": 32, "BLOCK_K": 64}, partial
     ),
+    "parameter sums": (
+        backward.parameter_sum_kernel, {"BLOCK_S": 128, "BLOCK_C": 8}, partial,
+    ),
     "list": (lists.instance_list_kernel, {"ELEMENT": real, "VEC": vec, "ENTRIES": 32}, table, 4, True, 1024),
     "backward list": (
         lists.backward_list_kernel, {"ELEMENT": real, "TERMS": 3, "VEC": vec, "ENTRIES": 32, "BLOCK": 1024}, table, 4,
@@ -92,6 +100,7 @@ cases = {
         alignment.gradients_kernel, {"AVERAGE": True, "BLOCK_N": 16, "BLOCK_D": 64, **given}, groups, 4, True, 1024
     ),
 }
+cases = {name: (case[0], case[1], {**DOUBLE, **case[2]}, *case[3:]) for name, case in cases.items()}
 # Contraction is on: no result of these kernels is compared bit by bit with that of another backend.
 report({name: case if len(case) > 4 else (*case, *(4,)[len(case) - 3:], True) for name, case in cases.items()})
 """
@@ -123,6 +132,7 @@ ACCESSES = {
     "parameters inner": ((8, 0), (4, 0)),
     "list": ((16, 0), (8, 0)),
     "backward list": ((4, 4), (2, 2)),
+    "parameter sums": ((0, 0), (0, 0)),
     "merge": ((0, 0), (0, 0)),
     "merge classes": ((0, 0), (0, 0)),
     "groups": ((0, 0), (0, 0)),
@@ -155,6 +165,7 @@ LIMITS = {
     "parameters": (64, 30),
     "parameters 7x7": (80, 61),
     "parameters inner": (128, 34),
+    "parameter sums": (96, 58),
     "list": (128, 492),
     "backward list": (96, 338),
     "merge": (96, 175),
@@ -174,3 +185,9 @@ def test_compiled_code(arch, element, tmp_path):
         assert found["stack"] == 0 and found["local"] == 0, (name, found)
         assert found["loads"] >= loads and found["stores"] >= stores, (name, found)
         assert found["registers"] <= registers and found["instructions"] <= instructions, (name, found)
+
+
+def test_float64_compiles(tmp_path):
+    """The interpreter does not see what the compiler refuses."""
+    names = ("8x8 norm", "7x7 norm", "inner norm", "backward norm", "backward 7x7 norm", "backward inner norm")
+    facts(CASES, 90, "fp64", (*names, "parameter sums"), tmp_path)

@@ -96,6 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> alignment_los
 
   const int64_t rows = 1 + slots;
   p.given = merged_count && merged_mean && merged_var;
+  CLUSTERQ_CHECK(labels || slots == 0 || p.given, "slots is ", slots, " without labels, wanted 0");
   Tensor counts, means, variances;
   const auto room = [&](Tensor& tensor, std::initializer_list<int64_t> sizes) {
     tensor = sized(mean, sizes, ScalarType::Double);
