@@ -68,7 +68,9 @@ def trained(config: FinetuneConfig = CONFIG, quantization: QuantizationConfig = 
     ids=["learned", "w4a8", "fixed", "ema"],
 )
 def test_the_student_learns(quantization: QuantizationConfig, autocast: bool) -> None:
-    config = replace(CONFIG, steps=120, augment=False, autocast=autocast)
+    # A layer of two bits of this tiny network diverges at 1e-2 under bfloat16 on a processor without AVX-512.
+    lr = 3e-3 if quantization.layer_bits else CONFIG.lr
+    config = replace(CONFIG, steps=120, augment=False, autocast=autocast, lr=lr)
     network, metrics = trained(config, quantization)
     losses = [m["loss"] for m in metrics]
     assert len(losses) == 120 and sum(losses[-8:]) < 0.7 * sum(losses[:8])
