@@ -261,7 +261,7 @@ def loss_case(batch: int, num_classes: int, *, compiled: bool, bar: Bar | None =
     weights = (CONFIG.alignment_weight, CONFIG.diversity_weight)
     targets = ops.AlignmentTargets(channels, *running, reduction="mean", first=first, class_reduction="mean")
     classes = ops.ClassTargets(labels, *goals, weights, average=True)
-    columns, class_columns = channel_weights(channels, "mean"), channel_weights(channels[first:], "mean")
+    columns, class_columns = channel_weights(channels), channel_weights(channels[first:])
 
     def clusterq_loss() -> Tensor:
         return targets(*ops.instance_statistics_list(xs), classes).total
@@ -274,14 +274,11 @@ def loss_case(batch: int, num_classes: int, *, compiled: bool, bar: Bar | None =
             var = torch.cat([d.square().mean((2, 3)) for d in centred], 1)
         else:
             var = torch.cat([x.var((2, 3), correction=0) for x in xs], 1)
-        loss = bns_loss(mean, var, *running, weight=columns)
+        loss = bns_loss(mean, var, *running, columns)
         found = class_statistics(mean[:, offset:], var[:, offset:], labels, num_classes)
         rows = found.classes.clamp(min=0)
         for weight, goal_mean, goal_spread in zip(weights, *goals, strict=True):
-            term = class_alignment_loss(
-                found, goal_mean[rows], goal_spread[rows], weight=class_columns, reduction="mean"
-            )
-            loss = loss + weight * term
+            loss = loss + weight * class_alignment_loss(found, goal_mean[rows], goal_spread[rows], class_columns)
         return loss
 
     def call(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:

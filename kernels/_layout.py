@@ -21,6 +21,22 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 LAUNCH_WIDE = {"num_warps": 8, "enable_fp_fusion": False}
 
 
+ELEMENTS = {
+    torch.float32: triton.language.float32,
+    torch.bfloat16: triton.language.bfloat16,
+    torch.float16: triton.language.float16,
+    torch.float64: triton.language.float64,
+}
+
+
+def device_table(rows, device):
+    """int64 [fields, rows] of a launch that serves several tensors, without a wait for the device."""
+    # torch keeps the pinned memory until the copy is done.
+    fields = list(zip(*rows, strict=True))
+    table = torch.tensor(fields, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)
+
+
 def compute_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

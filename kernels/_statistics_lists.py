@@ -5,17 +5,12 @@ import triton
 
 from . import _bn_stats_list_jit as jit
 from . import _statistics_layout as layout
+from ._layout import ELEMENTS, device_table
 
 # Most values per image and channel that a program of a list walks, in planes and in rows (tiles of 1024 and of 32);
 # elements of a tile of a backward.
 _WIDTH, _ROWS = 1 << 14, 1 << 10
 _BLOCK = 1024
-_ELEMENTS = {
-    torch.float32: triton.language.float32,
-    torch.bfloat16: triton.language.bfloat16,
-    torch.float16: triton.language.float16,
-    torch.float64: triton.language.float64,
-}
 
 
 def first_columns(xs):
@@ -90,20 +85,13 @@ def sort(ways, starts, kind_of, outputs=None):
     return (table, programs), alone
 
 
-def _on_device(table, device):
-    # From pinned memory nothing waits for the copy; torch keeps that memory until it is done.
-    cuda = device.type == "cuda"
-    fields = torch.tensor(list(zip(*table, strict=True)), dtype=torch.int64, device="cpu", pin_memory=cuda)
-    return fields.to(device, non_blocking=True)
-
-
 def launch_statistics(mean, var, table, x):
     table, programs = table
     if table:
         with torch.cuda.device_of(x):
             jit.instance_list_kernel[(programs,)](
-                mean, var, _on_device(table, x.device), len(table), *mean.shape,
-                ELEMENT=_ELEMENTS[x.dtype], VEC=layout.vector(x), ENTRIES=layout.power(len(table)), num_warps=4,
+                mean, var, device_table(table, x.device), len(table), *mean.shape,
+                ELEMENT=ELEMENTS[x.dtype], VEC=layout.vector(x), ENTRIES=layout.power(len(table)), num_warps=4,
             )  # fmt: skip
 
 
@@ -115,7 +103,7 @@ def launch_backward(table, x, center, grad_mean, grad_var):
         terms = (grad_mean is not None) + 2 * (grad_var is not None)
         with torch.cuda.device_of(x):
             jit.backward_list_kernel[(programs,)](
-                center, own[0][0], own[1][0], _on_device(table, x.device), len(table), x.shape[0], center_step,
-                own[0][1], own[1][1], ELEMENT=_ELEMENTS[x.dtype], TERMS=terms, VEC=layout.vector(x),
+                center, own[0][0], own[1][0], device_table(table, x.device), len(table), x.shape[0], center_step,
+                own[0][1], own[1][1], ELEMENT=ELEMENTS[x.dtype], TERMS=terms, VEC=layout.vector(x),
                 ENTRIES=layout.power(len(table)), BLOCK=_BLOCK, num_warps=4,
             )  # fmt: skip

@@ -4,17 +4,11 @@ import torch
 import triton
 
 from . import _weight_jit as jit
-from ._layout import LAUNCH, LAUNCH_WIDE, compute_dtype, dense, group, matrix, tile_shape
+from ._layout import ELEMENTS, LAUNCH, LAUNCH_WIDE, compute_dtype, dense, device_table, group, matrix, tile_shape
 from ._observe import symmetric_zero
 
 # Largest channel of a weight that one program keeps in registers between finding its range and quantizing it.
 _IN_REGISTERS = 8192
-_ELEMENTS = {
-    torch.float32: triton.language.float32,
-    torch.bfloat16: triton.language.bfloat16,
-    torch.float16: triton.language.float16,
-    torch.float64: triton.language.float64,
-}
 
 
 def _weight(y, w, scale, zero_point, quant_min, quant_max, axis, symmetric):
@@ -85,12 +79,10 @@ def _launch_table(table, width, scale, zero_point, quant_min, quant_max, symmetr
     for channels, start, cols, w, y in table:
         rows.append((programs, start, cols, w.data_ptr(), y.data_ptr()))
         programs += channels
-    # From pinned memory nothing waits for the copy; torch keeps that memory until it is done.
-    fields = torch.tensor(list(zip(*rows, strict=True)), dtype=torch.int64, device="cpu", pin_memory=scale.is_cuda)
-    fields = fields.to(scale.device, non_blocking=True)
+    fields = device_table(rows, scale.device)
     with torch.cuda.device_of(scale):
         jit.weights_kernel[(programs,)](
             fields, scale, zero_point, len(rows), quant_min, quant_max, symmetric_zero(quant_min, quant_max),
-            ELEMENT=_ELEMENTS[table[0][3].dtype], SYMMETRIC=symmetric, GROUP=width,
+            ELEMENT=ELEMENTS[table[0][3].dtype], SYMMETRIC=symmetric, GROUP=width,
             ENTRIES=triton.next_power_of_2(len(rows)), BLOCK=1024, **LAUNCH,
         )  # fmt: skip

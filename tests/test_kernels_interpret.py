@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,33 @@ from clusterq.ops import _library
 pytest.importorskip("triton", reason="the triton package is not installed")
 
 
-@pytest.mark.parametrize(
-    "name, least",
-    [
-        ("kernel_cases.py", 200),
-        ("kernel_mask_cases.py", 700),
-        ("statistics_kernel_cases.py", 400),
-        ("alignment_kernel_cases.py", 50),
-    ],
-)
-def test_kernels_in_the_interpreter(name, least):
+# Case files, and the fewest cases that have to pass.
+CASES = {
+    "statistics_kernel_cases.py": 400,
+    "kernel_mask_cases.py": 700,
+    "kernel_cases.py": 200,
+    "alignment_kernel_cases.py": 50,
+}
+
+
+def interpret(name):
     cases = Path(__file__).with_name(name)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CLUSTERQ_BACKEND": "triton", "CLUSTERQ_TEST_DEVICE": "cpu"}
+    # Two at a time: none of them has much for a second thread to do.
+    environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", str(cases)]
-    child = subprocess.run(command, env=environment, cwd=cases.parents[1], capture_output=True, text=True)
+    return subprocess.run(command, env=environment, cwd=cases.parents[1], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def children():
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(interpret, name) for name in CASES}
+
+
+@pytest.mark.parametrize("name, least", CASES.items())
+def test_kernels_in_the_interpreter(name, least, children):
+    child = children[name].result()
     report = child.stdout + child.stderr
     assert child.returncode == 0, report[-8000:]
     passed = re.search(r"(\d+) passed", report)

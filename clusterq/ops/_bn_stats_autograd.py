@@ -37,14 +37,11 @@ def _with_factors(
     return grad_mean, grad_var, mean_factor, var_factor
 
 
-def _traced() -> bool:
-    """Whether the backward has to be differentiable; torch.compile refuses to differentiate twice by itself."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _statistics_backward(*arguments: Any) -> Tensor:
-    result: Tensor = (reference.statistics_backward if _traced() else op.statistics_backward)(*arguments)
-    return result
+def _backward(name: str) -> Any:
+    """The op of a backward, or its reference where the backward itself has to be differentiable; torch.compile refuses
+    to differentiate twice by itself.
+    """
+    return getattr(reference if torch.is_grad_enabled() and not torch.compiler.is_compiling() else op, name)
 
 
 class InstanceStatistics(torch.autograd.Function):
@@ -63,7 +60,7 @@ class InstanceStatistics(torch.autograd.Function):
             return None
         x, mean = ctx.saved_tensors
         factor = reciprocal(spatial_size(x))
-        return _statistics_backward(x, mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
+        return _backward("statistics_backward")(x, mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
 
 
 class InstanceStatisticsList(torch.autograd.Function):
@@ -92,8 +89,7 @@ class InstanceStatisticsList(torch.autograd.Function):
                 for t in (mean, grad_mean, grad_var)
             ]
             xs, (mean, grad_mean, grad_var) = [x for x, w in zip(xs, wanted, strict=True) if w], columns
-        backward = reference.statistics_backward_list if _traced() else op.statistics_backward_list
-        found = iter(backward(xs, mean, grad_mean, grad_var))
+        found = iter(_backward("statistics_backward_list")(xs, mean, grad_mean, grad_var))
         return tuple(next(found) if needed else None for needed in wanted)
 
 
@@ -118,7 +114,7 @@ class BatchNormStatistics(torch.autograd.Function):
             values = x.shape[0] * spatial
             by_mean, by_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
             own = _with_factors(by_mean, by_var, reciprocal(values), 2 * reciprocal(values - ctx.correction))
-            return _statistics_backward(x, mean[None], *own), None, None
+            return _backward("statistics_backward")(x, mean[None], *own), None, None
         total = ordered_sum(weights.double(), [0]) * spatial
         free = total - ctx.correction
         mean_share = (weights / total).to(mean.dtype)[:, None]
@@ -129,7 +125,7 @@ class BatchNormStatistics(torch.autograd.Function):
             None if t is None else torch.where(inside, t * share, 0)
             for t, share in ((grad_mean, mean_share), (grad_var, var_share))
         ]
-        return _statistics_backward(x, mean[None], *grads, 1.0, 1.0), None, None
+        return _backward("statistics_backward")(x, mean[None], *grads, 1.0, 1.0), None, None
 
 
 class ClassStatistics(torch.autograd.Function):
@@ -157,7 +153,7 @@ class ClassStatistics(torch.autograd.Function):
         share = reciprocal(spatial_size(x)) / torch.where(count > 0, total, 1)[index]
         share = torch.where(inside, share if weights is None else share * weights, 0)[:, None]
         grads = [None if t is None else torch.where(share == 0, 0, t[index] * share) for t in (grad_mean, grad_var)]
-        return _statistics_backward(x, mean[index], *grads, 1.0, 2.0), None, None, None
+        return _backward("statistics_backward")(x, mean[index], *grads, 1.0, 2.0), None, None, None
 
 
 class BatchNormWithStatistics(torch.autograd.Function):
@@ -192,11 +188,11 @@ class BatchNormWithStatistics(torch.autograd.Function):
                 grad_mean, grad_var = (None if t is None else t[None] for t in (grad_mean, grad_var))
             own = (mean, *_with_factors(grad_mean, grad_var, factor, 2 * factor))
             if grad is None:
-                dx = _statistics_backward(x, *own)
+                dx = _backward("statistics_backward")(x, *own)
             else:
-                backward = reference.batch_norm_statistics_backward if _traced() else op.batch_norm_statistics_backward
+                backward = _backward("batch_norm_statistics_backward")
                 dx = backward(grad, x, weight, running_var, ctx.eps, *own)
         if grad is not None and (weight_needed or bias_needed):
-            backward = reference.batch_norm_parameter_backward if _traced() else op.batch_norm_parameter_backward
+            backward = _backward("batch_norm_parameter_backward")
             dweight, dbias = backward(grad, x, running_mean, running_var, ctx.eps)
         return dx, dweight if weight_needed else None, dbias if bias_needed else None, None, None, None, None

@@ -241,6 +241,7 @@ class AlignmentTargets:
 
         Raises:
             TypeError, ValueError: an argument has another dtype, shape or device.
+            NotImplementedError: in a second backward, with a group.
         """
         check_tensor("mean", mean, (self.mean.dtype,))
         check_tensor("var", var, (self.mean.dtype,))

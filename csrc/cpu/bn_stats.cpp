@@ -56,12 +56,11 @@ class Weights {
   std::vector<double> values_;
 };
 
-// Merges the images n of positive weight into `mean` and `m2` [width], from `table` at channel c0 on; returns the sum
-// of the weights. M2 of an image counts as often as the image.
-template <class Images>
-double merge_weighted(const View& x, const Table& table, const Weights& weights, const Images& images, int64_t c0,
-                      int64_t width, double* mean, double* m2) {
-  const int64_t row = table.parts * x.channels;
+// Merges the images n of positive weight into `mean` and `m2` [C]; returns the sum of the weights. M2 of an image
+// counts as often as the image.
+double merge_weighted(const View& x, const Table& table, const Weights& weights, const std::vector<int64_t>& images,
+                      double* mean, double* m2) {
+  const int64_t row = table.parts * x.channels, width = x.channels;
   const auto spatial = static_cast<double>(x.spatial);
   std::vector<double> scaled(width);
   double total = 0;
@@ -70,7 +69,7 @@ double merge_weighted(const View& x, const Table& table, const Weights& weights,
   for (const int64_t n : images) {
     const double weight = weights[n];
     if (weight == 0) continue;
-    const double *m = table.mean.get() + n * row + c0, *q = table.m2.get() + n * row + c0;
+    const double *m = table.mean.get() + n * row, *q = table.m2.get() + n * row;
     if (weight != 1) {
       for (int64_t c = 0; c < width; ++c) scaled[c] = weight * q[c];
       q = scaled.data();
@@ -246,7 +245,7 @@ std::tuple<Tensor, Tensor> weighted_statistics(const View& x, int64_t correction
   std::vector<int64_t> images(x.images);
   std::iota(images.begin(), images.end(), int64_t(0));
   std::vector<double> total_mean(x.channels), total_m2(x.channels);
-  const double total = merge_weighted(x, table, weights, images, 0, x.channels, total_mean.data(), total_m2.data());
+  const double total = merge_weighted(x, table, weights, images, total_mean.data(), total_m2.data());
   const double values = total * static_cast<double>(x.spatial), free = values - static_cast<double>(correction);
   if (!(values > 0)) std::fill(total_mean.begin(), total_mean.end(), std::nan(""));
   write(mean, 0, total_mean.data(), x.channels, 1);
@@ -299,7 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> class_statistics(const Tensor& tensor
     std::vector<double> m(x.channels), q(x.channels);
     for (int64_t k = begin; k < end; ++k) {
       counts[k] = static_cast<int64_t>(members[k].size());
-      const double sum = merge_weighted(x, table, weights, members[k], 0, x.channels, m.data(), q.data());
+      const double sum = merge_weighted(x, table, weights, members[k], m.data(), q.data());
       write(total, k, &sum, 1, 1);
       write(mean, k * x.channels, m.data(), x.channels, 1);
       write(var, k * x.channels, q.data(), x.channels, counts[k] > 0 ? sum * static_cast<double>(x.spatial) : 1);
