@@ -69,7 +69,7 @@ def alignment_loss(
         )  # fmt: skip
         if not squared and layers > 0:
             jit.norms_kernel[(layers,)](
-                work, counts, norms, columns, starts, wide, slots, weight, BLOCK=256, num_warps=4
+                work, counts, norms, columns, starts.contiguous(), wide, slots, weight, BLOCK=256, num_warps=4
             )
         grid = max(triton.cdiv(images, _TILE["BLOCK_N"]) * triton.cdiv(wide, _TILE["BLOCK_D"]), 1)
         jit.gradients_kernel[(grid,)](
