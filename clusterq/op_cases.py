@@ -177,6 +177,22 @@ def _book(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values((batch, 5, dim), dtype, 1), positive((batch, 5), seed=2)
 
 
+def _pair(*precision: str) -> Callable[[Shape, torch.dtype], tuple[Any, ...]]:
+    return lambda shape, dtype: (values(shape, dtype), _book(shape, dtype)[0], *precision)
+
+
+def _sums(shape: Shape) -> Tensor:
+    """Sums of the rows of five centroids and their counts, the last of them 0."""
+    batch, _, dim = shape
+    sums = values((batch, 5, dim + 1), torch.float64, 4)
+    sums[..., -1] = torch.arange(5.0) % 4
+    return sums
+
+
+def _running(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return values((shape[0], 5, shape[2]), compute_dtype(dtype), 6)
+
+
 def _index(shape: Shape) -> Tensor:
     batch, rows, _ = shape
     return (torch.arange(batch * rows) % 6 - 1).reshape(batch, rows)
@@ -258,7 +274,9 @@ OP_CASES: dict[str, tuple[OpCase, ...]] = {
         OpCase(_alignment(True, True), shape=(6, 8), never_empty=(0, 1)),
         OpCase(_alignment(False, False), shape=(6, 8), never_empty=(0, 1)),
     ),
-    "nearest_centroid": (_rows(lambda shape, dtype: (values(shape, dtype), _book(shape, dtype)[0])),),
+    "nearest_centroid": (_rows(_pair("exact")), _rows(_pair("fast"))),
+    "two_nearest_centroids": (_rows(_pair("exact")),),
+    "undecided_rows": (_rows(_pair()),),
     "nearest_centroid_backward": (
         _rows(
             lambda shape, dtype: (
@@ -269,21 +287,25 @@ OP_CASES: dict[str, tuple[OpCase, ...]] = {
             )
         ),
     ),
-    "update_centroids_": (
+    "centroid_sums": (
+        _rows(lambda shape, dtype: (values(shape, dtype), _index(shape), _weights(shape, dtype), 5, True)),
+        _rows(lambda shape, dtype: (values(shape, dtype), _index(shape), None, 5, False)),
+    ),
+    "assign_and_sum": (
+        _rows(lambda shape, dtype: (values(shape, dtype), _book(shape, dtype)[0], None, "exact", True)),
         _rows(
             lambda shape, dtype: (
-                *_book(shape, dtype),
                 values(shape, dtype),
-                _index(shape),
+                _book(shape, dtype)[0],
                 _weights(shape, dtype),
-                0.8,
-                "mean",
+                "fast",
+                False,
             )
         ),
-        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), _index(shape), None, 0.8, "codebook")),
     ),
-    "assign_and_update_": (
-        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), None, 0.8, "codebook")),
-        _rows(lambda shape, dtype: (*_book(shape, dtype), values(shape, dtype), _weights(shape, dtype), 0.8, "mean")),
+    "move_centroids_": (
+        _rows(lambda shape, dtype: (*_book(shape, dtype), None, _sums(shape), 0.8, "mean", 0.0)),
+        _rows(lambda shape, dtype: (*_book(shape, dtype), None, _sums(shape), 0.8, "codebook", 0.0)),
+        _rows(lambda shape, dtype: (*_book(shape, dtype), _running(shape, dtype), _sums(shape), 0.8, "codebook", 0.01)),
     ),
 }

@@ -15,7 +15,13 @@ from clusterq.ops.bn_stats import (
     merge_class_statistics,
     merge_instance_statistics,
 )
-from clusterq.ops.centroids import assign_and_update_, nearest_centroid, update_centroids_
+from clusterq.ops.centroids import (
+    assign_and_update_,
+    nearest_centroid,
+    two_nearest_centroids,
+    undecided_rows,
+    update_centroids_,
+)
 from clusterq.ops.fake_quant import (
     dequantize,
     fake_quantize,
@@ -55,6 +61,8 @@ __all__ = [
     "pack_codes",
     "quantize",
     "range_to_qparams",
+    "two_nearest_centroids",
+    "undecided_rows",
     "unpack_codes",
     "update_centroids_",
 ]

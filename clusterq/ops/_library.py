@@ -81,7 +81,7 @@ def _version_kernel(overload: Any, mutated: tuple[int, ...]) -> Callable[..., An
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         # Arguments that the schema does not make keyword-only arrive by position.
-        torch._C._increment_version([args[i] for i in mutated])
+        torch._C._increment_version([args[i] for i in mutated if args[i] is not None])
         return overload.redispatch(keyset & below, *args, **kwargs)
 
     return kernel
