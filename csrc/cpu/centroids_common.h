@@ -1,10 +1,11 @@
-// What the two centroid kernel files share: aligned scratch memory, the search.
+// What the centroid kernel files share: aligned scratch memory, the structures of the search.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <tuple>
+#include <utility>
 
 #include "cpu/simd.h"
 
@@ -17,6 +18,7 @@ class Scratch {
  public:
   T* reserve(int64_t count) {
     if (count > capacity_) {
+      memory_.reset();
       memory_.reset(static_cast<T*>(::operator new(sizeof(T) * count, std::align_val_t(64))));
       capacity_ = count;
     }
@@ -32,8 +34,23 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+struct Search {
+  // false: rows that only float64 can decide keep the label of the search in float32
+  bool exact;
+  // how many of the nearest are wanted: 1, or 2
+  int count;
+};
+
+// Where the results of rows go, row n at [n]: count indices and distances, and whether float64 had to decide. Any of
+// them may be null.
+struct Output {
+  int64_t* index;
+  float* distance;
+  bool* undecided;
+};
+
 // Defined in centroids.cpp: x [B, N, D], centroids [B, K, D] -> index [B, N], distance [B, N].
-std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids);
+std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids, bool exact);
 
 }  // namespace centroids
 }  // namespace clusterq

@@ -1,264 +1,394 @@
 // The inner loops of the nearest-centroid search for one instruction set. Included once per level by centroids.cpp,
-// which sets CLUSTERQ_LEVEL (a namespace) and CLUSTERQ_LANES (floats per register: 16, 8 or 4) and the compiler's
-// target; hence no include guard, and nothing from the standard library, whose shared template instances must not use
-// that target.
+// which sets CLUSTERQ_LEVEL (a namespace), CLUSTERQ_FLOATS (floats per register: 16, 8 or 4), CLUSTERQ_PAIRS (1:
+// products of bfloat16, two at a time) and the compiler's target; hence no include guard, and nothing from the standard
+// library, whose shared template instances must not use that target.
 //
-// Score of centroid k for a row: x'.c'_k - |c'_k|^2 / 2, largest wins, with x' and c' relative to the mean of the
-// centroids.
+// Score of centroid k for a row: x'.c'_k - |c'_k|^2 / 2, largest wins, with x' and c' relative to the book's centre.
 
 namespace CLUSTERQ_LEVEL {
 
-constexpr int kLanes = CLUSTERQ_LANES;
+constexpr int kLanes = CLUSTERQ_FLOATS;
 
-#if CLUSTERQ_LANES == 16
+#if CLUSTERQ_FLOATS == 16
 using Floats = __m512;
-using Ints = __m512i;
-CLUSTERQ_INLINE Floats load(const float* p) { return _mm512_load_ps(p); }
+CLUSTERQ_INLINE Floats load(const float* p) { return _mm512_loadu_ps(p); }
 CLUSTERQ_INLINE Floats fill(float v) { return _mm512_set1_ps(v); }
-CLUSTERQ_INLINE Ints fill_int(int32_t v) { return _mm512_set1_epi32(v); }
-CLUSTERQ_INLINE void save(float* p, Floats v) { _mm512_store_ps(p, v); }
+CLUSTERQ_INLINE void save(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 CLUSTERQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-CLUSTERQ_INLINE Ints lane_numbers(int32_t first) {
-  const Ints lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_add_epi32(lanes, _mm512_set1_epi32(first));
-}
-CLUSTERQ_INLINE void keep_best(Floats score, Ints number, Floats& best, Floats& second, Ints& id) {
-  const __mmask16 better = _mm512_cmp_ps_mask(score, best, _CMP_GT_OQ);
-  second = _mm512_max_ps(second, _mm512_min_ps(score, best));
-  best = _mm512_max_ps(score, best);
-  id = _mm512_mask_mov_epi32(id, better, number);
-}
-#elif CLUSTERQ_LANES == 8
+CLUSTERQ_INLINE Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+CLUSTERQ_INLINE Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+CLUSTERQ_INLINE float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+CLUSTERQ_INLINE float total(Floats v) { return _mm512_reduce_add_ps(v); }
+CLUSTERQ_INLINE unsigned at_least(Floats v, Floats least) { return _mm512_cmp_ps_mask(v, least, _CMP_GE_OQ); }
+#elif CLUSTERQ_FLOATS == 8
 using Floats = __m256;
-using Ints = __m256i;
-CLUSTERQ_INLINE Floats load(const float* p) { return _mm256_load_ps(p); }
+CLUSTERQ_INLINE Floats load(const float* p) { return _mm256_loadu_ps(p); }
 CLUSTERQ_INLINE Floats fill(float v) { return _mm256_set1_ps(v); }
-CLUSTERQ_INLINE Ints fill_int(int32_t v) { return _mm256_set1_epi32(v); }
-CLUSTERQ_INLINE void save(float* p, Floats v) { _mm256_store_ps(p, v); }
+CLUSTERQ_INLINE void save(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 CLUSTERQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-CLUSTERQ_INLINE Ints lane_numbers(int32_t first) {
-  return _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+CLUSTERQ_INLINE Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+CLUSTERQ_INLINE Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
+CLUSTERQ_INLINE float largest(Floats v) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
 }
-CLUSTERQ_INLINE void keep_best(Floats score, Ints number, Floats& best, Floats& second, Ints& id) {
-  const Floats better = _mm256_cmp_ps(score, best, _CMP_GT_OQ);
-  second = _mm256_max_ps(second, _mm256_min_ps(score, best));
-  best = _mm256_max_ps(score, best);
-  id = _mm256_blendv_epi8(id, number, _mm256_castps_si256(better));
+CLUSTERQ_INLINE float total(Floats v) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_shuffle_ps(quarter, quarter, 1)));
+}
+CLUSTERQ_INLINE unsigned at_least(Floats v, Floats least) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, least, _CMP_GE_OQ)));
 }
 #else
 typedef float Floats __attribute__((vector_size(16), may_alias));
-typedef int32_t Ints __attribute__((vector_size(16), may_alias));
-CLUSTERQ_INLINE Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p); }
+typedef float Unaligned __attribute__((vector_size(16), aligned(4), may_alias));
+CLUSTERQ_INLINE Floats load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
 CLUSTERQ_INLINE Floats fill(float v) { return Floats{v, v, v, v}; }
-CLUSTERQ_INLINE Ints fill_int(int32_t v) { return Ints{v, v, v, v}; }
-CLUSTERQ_INLINE void save(float* p, Floats v) { *reinterpret_cast<Floats*>(p) = v; }
+CLUSTERQ_INLINE void save(float* p, Floats v) { *reinterpret_cast<Unaligned*>(p) = v; }
 CLUSTERQ_INLINE Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
-CLUSTERQ_INLINE Ints lane_numbers(int32_t first) { return Ints{0, 1, 2, 3} + fill_int(first); }
-CLUSTERQ_INLINE void keep_best(Floats score, Ints number, Floats& best, Floats& second, Ints& id) {
-  const Ints better = score > best;
-  const Floats lower = better ? best : score;
-  second = lower > second ? lower : second;
-  best = better ? score : best;
-  id = better ? number : id;
+CLUSTERQ_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+CLUSTERQ_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+CLUSTERQ_INLINE float largest(Floats v) {
+  const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+  return a > b ? a : b;
+}
+CLUSTERQ_INLINE float total(Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+CLUSTERQ_INLINE unsigned at_least(Floats v, Floats least) {
+  const auto found = v >= least;
+  return (found[0] & 1) | (found[1] & 2) | (found[2] & 4) | (found[3] & 8);
 }
 #endif
 
-// A panel is kPanelVectors registers of centroids wide; 6 rows by 4 registers leave room for operands in 32 registers,
-// 6 by 2 in 16. Few centroids take twice the rows instead, to have enough independent sums in flight.
-constexpr int kPanelVectors = kLanes == 16 ? 4 : 2;
-constexpr int kWidth = kPanelVectors * kLanes;
-constexpr int kRows = 6;
-constexpr int kRowsNarrow = kLanes == 16 ? 12 : 6;
+// One step of the products: a float of a row and a register of floats, or a pair of bfloat16 and a register of pairs.
+#if CLUSTERQ_PAIRS
+typedef uint32_t Operand;
+CLUSTERQ_INLINE Floats step(Operand row, const Operand* column, Floats sum) {
+  const __m512i values = _mm512_set1_epi32(static_cast<int>(row)), centroids = _mm512_loadu_si512(column);
+  return _mm512_dpbf16_ps(sum, (__m512bh)values, (__m512bh)centroids);
+}
+#else
+typedef float Operand;
+CLUSTERQ_INLINE Floats step(Operand row, const Operand* column, Floats sum) {
+  return multiply_add(fill(row), load(column), sum);
+}
+#endif
 
-// Per row and lane: best score so far, second best, and the number of the best centroid.
-struct State {
-  Floats best, second;
-  Ints id;
-};
+// 12 rows by 2 registers of centroids leave room for operands in 32 registers, 6 by 2 in 16.
+constexpr int kRows = kLanes == 16 ? 12 : 6;
+constexpr int kWidth = 2 * kLanes;
+static_assert(kRows <= kMostRows && kWidth <= kMostWidth);
 
-template <int R, int V>
-CLUSTERQ_INLINE void accumulate(const float* rows, int64_t dim, const float* panel, const float* offset,
-                                Floats (&sum)[R][V]) {
-#pragma GCC unroll 4
+constexpr int64_t depth_of(int64_t dim) { return CLUSTERQ_PAIRS ? (dim + 1) / 2 : dim; }
+
+// Scores of kRows rows against V registers of centroids: the higher one of the lane's two goes to `scores`, and is kept
+// in `highest` where it is the highest of the lane so far.
+template <int V>
+CLUSTERQ_INLINE void score_panel(const Operand* rows, int64_t depth, const Operand* panel, const float* offset,
+                                 float* scores, int64_t stride, Floats* highest) {
+  Floats sum[kRows][V];
+#pragma GCC unroll 2
   for (int v = 0; v < V; v++) {
     const Floats start = load(offset + v * kLanes);
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) sum[r][v] = start;
+    for (int r = 0; r < kRows; r++) sum[r][v] = start;
   }
-  for (int64_t d = 0; d < dim; d++) {
-    Floats column[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) column[v] = load(panel + v * kLanes);
+  for (int64_t d = 0; d < depth; d++) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] = step(rows[r * depth + d], panel + v * kLanes, sum[r][v]);
+    }
     panel += V * kLanes;
+  }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const Floats value = fill(rows[r * dim + d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(value, column[v], sum[r][v]);
-    }
+  for (int r = 0; r < kRows; r++) {
+    const Floats top = V == 2 ? larger(sum[r][V - 1], sum[r][0]) : sum[r][0];
+    save(scores + r * stride, top);
+    highest[r] = larger(top, highest[r]);
   }
 }
 
-template <int R, int V>
-CLUSTERQ_INLINE void search_panel(const float* rows, int64_t dim, const float* panel, const float* offset,
-                                  int64_t first, State* state) {
-  Floats sum[R][V];
-  accumulate<R, V>(rows, dim, panel, offset, sum);
-#pragma GCC unroll 12
-  for (int r = 0; r < R; r++) {
-    Floats best = state[r].best, second = state[r].second;
-    Ints id = state[r].id;
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-      keep_best(sum[r][v], lane_numbers(static_cast<int32_t>(first + v * kLanes)), best, second, id);
-    }
-    state[r] = {best, second, id};
+CLUSTERQ_INLINE void score(const Panels& book, const Operand* rows, float* scores, int64_t stride, Floats* highest) {
+  const int64_t depth = depth_of(book.dim);
+  const Operand* panel = static_cast<const Operand*>(book.operands);
+  for (int r = 0; r < kRows; r++) highest[r] = fill(-__builtin_inff());
+  int64_t first = 0;
+  for (; first + kLanes < book.clusters; first += kWidth, scores += kLanes) {
+    score_panel<2>(rows, depth, panel + first * depth, book.offset + first, scores, stride, highest);
+  }
+  if (first < book.clusters) {
+    score_panel<1>(rows, depth, panel + first * depth, book.offset + first, scores, stride, highest);
   }
 }
 
-// Rows [R, dim] against panels [begin, end); the last panel of a book may be narrower than the others.
-template <int R>
-void search_panels(const Book& book, const float* rows, int64_t begin, int64_t end, State* state) {
-  const int64_t full = book.clusters / kWidth;
-  for (int64_t p = begin; p < end; p++) {
-    const float* panel = book.panels + p * kWidth * book.dim;
-    const float* offset = book.offset + p * kWidth;
-    const int64_t vectors = p < full ? kPanelVectors : (book.clusters - p * kWidth + kLanes - 1) / kLanes;
-    if constexpr (R == kRowsNarrow && R != kRows) {
-      if (vectors == 1) search_panel<R, 1>(rows, book.dim, panel, offset, p * kWidth, state);
-      if (vectors == 2) search_panel<R, 2>(rows, book.dim, panel, offset, p * kWidth, state);
-    } else {
-      if (vectors == 1) search_panel<R, 1>(rows, book.dim, panel, offset, p * kWidth, state);
-      if (vectors == 2) search_panel<R, 2>(rows, book.dim, panel, offset, p * kWidth, state);
-      if constexpr (kPanelVectors == 4) {
-        if (vectors == 3) search_panel<R, 3>(rows, book.dim, panel, offset, p * kWidth, state);
-        if (vectors == 4) search_panel<R, 4>(rows, book.dim, panel, offset, p * kWidth, state);
-      }
-    }
-  }
+// Writes values as operands; returns what rounding took from them.
+#if CLUSTERQ_PAIRS
+CLUSTERQ_INLINE Floats put(Operand* target, int64_t d, Floats values) {
+  const __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(reinterpret_cast<uint16_t*>(target) + d), _mm512_cvtepi32_epi16(bits));
+  return values - _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-
-CLUSTERQ_INLINE Found reduce(const State& state) {
-  const float* best = reinterpret_cast<const float*>(&state.best);
-  const float* second = reinterpret_cast<const float*>(&state.second);
-  const int32_t* id = reinterpret_cast<const int32_t*>(&state.id);
-#if CLUSTERQ_LANES == 16
-  const float top = _mm512_reduce_max_ps(state.best);
-  const unsigned equal = _mm512_cmp_ps_mask(state.best, _mm512_set1_ps(top), _CMP_EQ_OQ);
-  const int lane = equal == 0 ? 0 : __builtin_ctz(equal);
-  const __mmask16 winner = static_cast<__mmask16>(1u << lane);
-  const Floats rest = _mm512_mask_mov_ps(state.best, winner, state.second);
-  (void)best, (void)second;
-  return {top, _mm512_reduce_max_ps(rest), id[lane]};
 #else
-  int lane = 0;
-  for (int j = 1; j < kLanes; j++) lane = best[j] > best[lane] ? j : lane;
-  float next = second[lane];
-  for (int j = 0; j < kLanes; j++) next = j != lane && best[j] > next ? best[j] : next;
-  return {best[lane], next, id[lane]};
+CLUSTERQ_INLINE Floats put(Operand* target, int64_t d, Floats values) {
+  save(target + d, values);
+  return fill(0);
+}
+#endif
+
+// The first `count` <= kLanes floats, zeros after them.
+CLUSTERQ_INLINE Floats load_part(const float* p, int64_t count) {
+#if CLUSTERQ_FLOATS == 16
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+#else
+  float values[kLanes] = {};
+  for (int64_t j = 0; j < count; j++) values[j] = p[j];
+  return load(values);
 #endif
 }
 
-// `count` rows, readable up to the next multiple of 12, against the whole book. `memory` holds a State per such row.
-void search(const Book& book, const float* rows, int64_t count, void* memory, Found* found) {
-  State* state = static_cast<State*>(memory);
-  const float lowest = -__builtin_inff();
-  for (int64_t n = 0; n < count + kRowsNarrow; n++) state[n] = {fill(lowest), fill(lowest), fill_int(0)};
-  const int64_t panels = (book.clusters + kWidth - 1) / kWidth;
-  const bool narrow = kRowsNarrow != kRows && book.clusters <= 2 * kLanes;
-  // half of a common L2 cache for the panels that all rows of the block meet before the next panels come
-  const int64_t wanted = (512 << 10) / (kWidth * book.dim * static_cast<int64_t>(sizeof(float)));
-  const int64_t step = wanted < 1 ? 1 : wanted;
-  for (int64_t begin = 0; begin < panels; begin += step) {
-    const int64_t end = begin + step < panels ? begin + step : panels;
-    if (narrow) {
-      for (int64_t n = 0; n < count; n += kRowsNarrow) {
-        search_panels<kRowsNarrow>(book, rows + n * book.dim, begin, end, state + n);
-      }
-    } else {
-      for (int64_t n = 0; n < count; n += kRows) {
-        search_panels<kRows>(book, rows + n * book.dim, begin, end, state + n);
-      }
+// target = row - origin as operands, padded with zeros to whole registers.
+CLUSTERQ_INLINE Size centre(const float* row, const float* origin, int64_t dim, Operand* target) {
+  Floats squares = fill(0), lost = fill(0);
+  const auto add = [&](int64_t d, Floats value) __attribute__((always_inline)) {
+    const Floats rest = put(target, d, value);
+    squares = multiply_add(value, value, squares);
+    lost = multiply_add(rest, rest, lost);
+  };
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) add(d, load(row + d) - load(origin + d));
+  if (d < dim) add(d, load_part(row + d, dim - d) - load_part(origin + d, dim - d));
+  return {total(squares), CLUSTERQ_PAIRS ? total(lost) : 0.0f};
+}
+
+// Squares of a centroid relative to the origin, in double, and those of what its operands lose.
+Size64 size(const float* values, const float* origin, int64_t dim) {
+  double squares = 0, lost = 0;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t part = dim - d < kLanes ? dim - d : kLanes;
+    Operand operands[kLanes];
+    const Floats value = load_part(values + d, part) - load_part(origin + d, part), rest = put(operands, 0, value);
+    float lanes[2][kLanes];
+    save(lanes[0], value), save(lanes[1], rest);
+    for (int j = 0; j < kLanes; j++) {
+      squares += static_cast<double>(lanes[0][j]) * lanes[0][j];
+      lost += static_cast<double>(lanes[1][j]) * lanes[1][j];
     }
   }
-  for (int64_t n = 0; n < count; n++) found[n] = reduce(state[n]);
+  return {squares, lost};
 }
 
-template <int V>
-CLUSTERQ_INLINE void score_panel(const float* row, int64_t dim, const float* panel, const float* offset,
-                                 float* scores) {
-  Floats sum[1][V];
-  accumulate<1, V>(row, dim, panel, offset, sum);
-  for (int v = 0; v < V; v++) save(scores + v * kLanes, sum[0][v]);
-}
-
-// The scores of one row, by the operations of `search`; `scores` holds whole panels.
-void score(const Book& book, const float* row, float* scores) {
-  for (int64_t first = 0; first < book.clusters; first += kWidth) {
-    const float* panel = book.panels + first * book.dim;
-    const int64_t vectors = (book.clusters - first + kLanes - 1) / kLanes;
-    if (vectors >= kPanelVectors) score_panel<kPanelVectors>(row, book.dim, panel, book.offset + first, scores + first);
-    if (vectors == 1) score_panel<1>(row, book.dim, panel, book.offset + first, scores + first);
-    if constexpr (kPanelVectors == 4) {
-      if (vectors == 2) score_panel<2>(row, book.dim, panel, book.offset + first, scores + first);
-      if (vectors == 3) score_panel<3>(row, book.dim, panel, book.offset + first, scores + first);
+// Centroids [count, dim] as one panel, `width` of them (a register or two), those that take no part as zeros.
+void pack(const float* values, const char* left_out, const float* origin, int64_t count, int64_t width, int64_t dim,
+          void* panel) {
+  Operand* target = static_cast<Operand*>(panel);
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t part = dim - d < kLanes ? dim - d : kLanes, steps = depth_of(part), first = depth_of(d);
+    for (int64_t j = 0; j < width; j++) {
+      Operand column[kLanes] = {};
+      if (j < count && !left_out[j]) {
+        const float* row = values + j * dim + d;
+        const bool whole = part == kLanes;
+        put(column, 0,
+            (whole ? load(row) : load_part(row, part)) - (whole ? load(origin + d) : load_part(origin + d, part)));
+      }
+      for (int64_t i = 0; i < steps; i++) target[(first + i) * width + j] = column[i];
     }
   }
 }
 
-template <class T>
-void widen_row(const void* source, int64_t dim, float* target) {
-  const T* typed = static_cast<const T*>(source);
-  for (int64_t d = 0; d < dim; d++) target[d] = clusterq::load<float>(typed[d]);
+// Adds the pairs that reach `least` to the row's candidates; their centroids are counted from `first`. Four registers
+// at a time: where the next candidate stands is not to be foreseen, and every test that may go either way costs more
+// than the registers.
+CLUSTERQ_INLINE void select(const float* scores, int64_t length, int64_t first, float least, Row& row) {
+  const Floats limit = fill(least);
+  int count = row.count;
+  for (int64_t k = 0; k < length; k += 4 * kLanes) {
+    uint64_t found = 0;
+    for (int v = 0; v < 4 && k + v * kLanes < length; v++) {
+      found |= static_cast<uint64_t>(at_least(load(scores + k + v * kLanes), limit)) << (v * kLanes);
+    }
+    for (; found != 0; found &= found - 1) {
+      const int64_t place = k + __builtin_ctzll(found);
+      if (count == kRoom) {
+        row.count = count;
+        row.keep(least);
+        count = row.count;
+        if (count == kRoom) {
+          row.count = kOverflow;
+          return;
+        }
+      }
+      const int64_t id = first + place / kLanes * kWidth + place % kLanes;
+      row.candidates[count++] = {static_cast<int32_t>(id), scores[place]};
+    }
+  }
+  row.count = count;
+}
+
+// Best and second best of a row of scores.
+CLUSTERQ_INLINE void highest_two(const float* scores, int64_t length, float& best, float& second) {
+  Floats top = fill(-__builtin_inff()), next = top;
+  for (int64_t k = 0; k < length; k += kLanes) {
+    const Floats value = load(scores + k);
+    next = larger(next, smaller(value, top));
+    top = larger(top, value);
+  }
+  float tops[kLanes], nexts[kLanes];
+  save(tops, top), save(nexts, next);
+  for (int j = 0; j < kLanes; j++) {
+    const float a = tops[j], b = nexts[j] > second ? nexts[j] : second;
+    second = a > best ? (best > b ? best : b) : (a > b ? a : b);
+    best = a > best ? a : best;
+  }
 }
 
 typedef float Floats8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double Doubles8 __attribute__((vector_size(64), may_alias));
+typedef double Doubles4 __attribute__((vector_size(32), may_alias));
 
-// target = row - origin; returns the sum of the squares.
-float centre(const float* row, const float* origin, int64_t dim, float* target) {
-  Floats8 squares = {};
-  int64_t d = 0;
-  for (; d + 8 <= dim; d += 8) {
-    const Floats8 value = *reinterpret_cast<const Floats8*>(row + d) - *reinterpret_cast<const Floats8*>(origin + d);
-    *reinterpret_cast<Floats8*>(target + d) = value;
-    squares += value * value;
-  }
-  float total = 0;
-  for (; d < dim; d++) {
-    target[d] = row[d] - origin[d];
-    total += target[d] * target[d];
-  }
-  for (int j = 0; j < 8; j++) total += squares[j];
-  return total;
+// Adds (a - b)^2 of eight floats, or of the first `count`.
+CLUSTERQ_INLINE void add_squares(const float* a, const float* b, Doubles8& squares) {
+  const Doubles8 difference = __builtin_convertvector(*reinterpret_cast<const Floats8*>(a), Doubles8) -
+                              __builtin_convertvector(*reinterpret_cast<const Floats8*>(b), Doubles8);
+  squares += difference * difference;
+}
+CLUSTERQ_INLINE void add_squares(const float* a, const float* b, int64_t count, Doubles8& squares) {
+  float parts[2][8] = {};
+#if CLUSTERQ_FLOATS == 16
+  const __mmask8 lanes = static_cast<__mmask8>((1u << count) - 1);
+  _mm256_storeu_ps(parts[0], _mm256_maskz_loadu_ps(lanes, a)),
+      _mm256_storeu_ps(parts[1], _mm256_maskz_loadu_ps(lanes, b));
+#else
+  for (int64_t j = 0; j < count; j++) parts[0][j] = a[j], parts[1][j] = b[j];
+#endif
+  add_squares(parts[0], parts[1], squares);
 }
 
 // sum (a - b)^2 in float64 over eight interleaved partial sums: the same bits at every level.
-double distance(const float* a, const float* b, int64_t dim) {
+CLUSTERQ_INLINE double distance(const float* a, const float* b, int64_t dim) {
   Doubles8 squares = {};
   int64_t d = 0;
-  for (; d + 8 <= dim; d += 8) {
-    const Doubles8 difference = __builtin_convertvector(*reinterpret_cast<const Floats8*>(a + d), Doubles8) -
-                                __builtin_convertvector(*reinterpret_cast<const Floats8*>(b + d), Doubles8);
-    squares += difference * difference;
+  for (; d + 8 <= dim; d += 8) add_squares(a + d, b + d, squares);
+  if (d < dim) add_squares(a + d, b + d, dim - d, squares);
+  const Doubles4 halves =
+      __builtin_shufflevector(squares, squares, 0, 1, 2, 3) + __builtin_shufflevector(squares, squares, 4, 5, 6, 7);
+  return (halves[0] + halves[1]) + (halves[2] + halves[3]);
+}
+
+double measure(const float* a, const float* b, int64_t dim) { return distance(a, b, dim); }
+
+// The nearest of a row's candidates by distance; false where another is as good as equally near.
+CLUSTERQ_INLINE bool decide(const Job& job, const float* x, int64_t dim, const Row& row, int64_t number,
+                            const Output& output) {
+  int64_t index = row.candidates[0].id;
+  double least = distance(x, job.values + index * dim, dim), next = __builtin_inf();
+  const auto meet = [&](int64_t other) __attribute__((always_inline)) {
+    // which of two is nearer is not to be foreseen: no branches
+    const double value = distance(x, job.values + other * dim, dim), farther = value > least ? value : least;
+    next = farther < next ? farther : next;
+    index =
+        static_cast<int64_t>(static_cast<uint64_t>(index) ^ ((index ^ other) & -static_cast<uint64_t>(value < least)));
+    least = value < least ? value : least;
+  };
+  for (int j = 0; j < row.count; j++) {
+    const int64_t id = row.candidates[j].id, mate = id + kLanes;
+    if (j > 0 && !job.left_out[id]) meet(id);
+    if (mate < job.clusters && !job.left_out[mate]) meet(mate);
   }
-  double partial[8];
-  for (int j = 0; j < 8; j++) partial[j] = squares[j];
-  for (int j = 0; d < dim; d++, j++) {
-    const double difference = static_cast<double>(a[d]) - static_cast<double>(b[d]);
-    partial[j] += difference * difference;
+  if (job.left_out[row.candidates[0].id] || !(next > least * job.bound.order)) return false;
+  if (output.index != nullptr) output.index[number] = index;
+  if (output.distance != nullptr) output.distance[number] = static_cast<float>(least);
+  // a difference of scores is half a difference of distances
+  if (output.undecided != nullptr) output.undecided[number] = !(next - least > 2 * row.reach);
+  return true;
+}
+
+// `count` rows, `stride` floats apart, against the panels, whose first centroid is number `first` of all. Starts the
+// states where first is 0; in the last call decides rows with one candidate and hands the others to `job.decide`.
+// Memory: operands kMostRows * (dim + 16) floats, scores kMostRows * (clusters / 2 + kMostWidth).
+void scan(const Job& job, const Panels& book, const float* x, int64_t stride, int64_t count, int64_t first, bool last,
+          void* operands, float* scores, Row* rows, const Output& output) {
+  const int64_t dim = book.dim, depth = depth_of(dim);
+  // a score for every two centroids
+  const int64_t length = (book.clusters + kWidth - 1) / kWidth * kLanes;
+  Operand* centred = static_cast<Operand*>(operands);
+  Floats highest[kRows];
+  for (int64_t n = 0; n < count; n += kRows) {
+    const int64_t group = count - n < kRows ? count - n : kRows;
+    Size sizes[kRows] = {};
+    for (int64_t r = 0; r < group; r++) sizes[r] = centre(x + (n + r) * stride, job.origin, dim, centred + r * depth);
+    if (first == 0) {
+      float norm[kRows], reach[kRows];
+      for (int r = 0; r < kRows; r++) norm[r] = job.bound.norm_of(sizes[r].squares);
+      for (int r = 0; r < kRows; r++) reach[r] = job.bound.reach(norm[r], sizes[r].lost);
+      for (int64_t r = 0; r < group; r++) rows[n + r].start(norm[r], reach[r], job.bound.exact);
+    }
+    score(book, centred, scores, length, highest);
+    for (int64_t r = 0; r < group; r++) {
+      Row& row = rows[n + r];
+      if (row.count >= 0) {
+        const float* own = scores + r * length;
+        float top = largest(highest[r]);
+        if (job.wanted == 2) {
+          highest_two(own, length, row.best, row.second);
+        } else {
+          row.best = top > row.best ? top : row.best;
+        }
+        const float least = (job.wanted == 2 ? row.second : row.best) - row.reach;
+        // -inf marks padding and what cannot win
+        if (top >= least && row.count != kOverflow) select(own, length, first, least > -3e38f ? least : -3e38f, row);
+      }
+      if (!last) continue;
+      const float* point = x + (n + r) * stride;
+      if (row.count > 1 && job.wanted == 1) row.keep(row.best - row.reach);
+      if (!job.simple || row.count < 1 || row.count > kRoom || !decide(job, point, dim, row, n + r, output)) {
+        job.decide(job.context, point, row, n + r);
+      }
+    }
   }
-  return ((partial[0] + partial[4]) + (partial[1] + partial[5])) +
-         ((partial[2] + partial[6]) + (partial[3] + partial[7]));
+}
+
+// Scores of one row in float32 against centroids as they lie in memory.
+void score_row(const float* row, const float* values, const float* origin, const float* offset, int64_t clusters,
+               int64_t dim, float* scores) {
+  for (int64_t k = 0; k < clusters; k++) {
+    const float* other = values + k * dim;
+    Floats sum = fill(0);
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) {
+      const Floats middle = load(origin + d);
+      sum = multiply_add(load(row + d) - middle, load(other + d) - middle, sum);
+    }
+    float lanes[kLanes], total = offset[k];
+    save(lanes, sum);
+    for (; d < dim; d++) total += (row[d] - origin[d]) * (other[d] - origin[d]);
+    for (int j = 0; j < kLanes; j++) total += lanes[j];
+    scores[k] = total;
+  }
+}
+
+template <class T>
+void widen(const void* source, int64_t step, int64_t count, float* target) {
+  const T* typed = static_cast<const T*>(source);
+  if (step == 1) {
+    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d]);
+  } else {
+    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d * step]);
+  }
 }
 
 // Four float64 rows against groups of eight centroids, [groups, dim, 8]; squares are added in the order of d.
 void search_double(const double* const rows[4], int64_t dim, const double* panels, int64_t groups, double* distances,
-                   int64_t* index) {
+                   int64_t* index, int wanted) {
   typedef int64_t Longs8 __attribute__((vector_size(64), may_alias));
-  Doubles8 best[4];
-  Longs8 id[4];
-  for (int r = 0; r < 4; r++) best[r] = Doubles8{} + __builtin_inf(), id[r] = Longs8{} - 1;
+  Doubles8 best[4], second[4];
+  Longs8 id[4], other[4];
+  for (int r = 0; r < 4; r++) {
+    best[r] = second[r] = Doubles8{} + __builtin_inf();
+    id[r] = other[r] = Longs8{} - 1;
+  }
   for (int64_t g = 0; g < groups; g++) {
     Doubles8 sum[4] = {};
     const Doubles8* column = reinterpret_cast<const Doubles8*>(panels + g * dim * 8);
@@ -272,22 +402,36 @@ void search_double(const double* const rows[4], int64_t dim, const double* panel
     const Longs8 number = Longs8{0, 1, 2, 3, 4, 5, 6, 7} + g * 8;
     for (int r = 0; r < 4; r++) {
       const Longs8 better = (sum[r] < best[r]) | ((id[r] < 0) & (sum[r] == sum[r]));
+      if (wanted == 2) {
+        const Doubles8 rest = better ? best[r] : sum[r];
+        const Longs8 name = better ? id[r] : number;
+        const Longs8 next = (rest < second[r]) | ((other[r] < 0) & (name >= 0) & (rest == rest));
+        second[r] = next ? rest : second[r];
+        other[r] = next ? name : other[r];
+      }
       best[r] = better ? sum[r] : best[r];
       id[r] = better ? number : id[r];
     }
   }
   for (int r = 0; r < 4; r++) {
-    distances[r] = __builtin_nan("");
-    index[r] = -1;
-    for (int j = 0; j < 8; j++) {
-      if (id[r][j] < 0) continue;
-      const bool lower = index[r] < 0 || best[r][j] < distances[r];
-      if (lower || (best[r][j] == distances[r] && id[r][j] < index[r])) distances[r] = best[r][j], index[r] = id[r][j];
+    for (int w = 0; w < wanted; w++) {
+      double lowest = __builtin_nan("");
+      int64_t found = -1;
+      int lane = 0;
+      for (int j = 0; j < 8; j++) {
+        if (id[r][j] < 0) continue;
+        const bool lower = found < 0 || best[r][j] < lowest;
+        if (lower || (best[r][j] == lowest && id[r][j] < found)) lowest = best[r][j], found = id[r][j], lane = j;
+      }
+      distances[r * wanted + w] = lowest;
+      index[r * wanted + w] = found;
+      // the lane's runner-up takes the winner's place
+      if (found >= 0) best[r][lane] = second[r][lane], id[r][lane] = other[r][lane], other[r][lane] = -1;
     }
   }
 }
 
-const Level level = {kLanes,          kWidth, sizeof(State), search,       score, widen_row<BFloat16>,
-                     widen_row<Half>, centre, distance,      search_double};
+const Level level = {kLanes,  CLUSTERQ_PAIRS,  scan,        pack,         size,         score_row,
+                     measure, widen<BFloat16>, widen<Half>, widen<float>, search_double};
 
 }  // namespace CLUSTERQ_LEVEL

@@ -1,4 +1,4 @@
-// The moving average of the centroids and the gradient of the distance on the CPU.
+// Sums of rows by centroid, the moving average over them, and the gradient of the distance on the CPU.
 //
 // Rows are ordered by centroid with a stable counting sort and cut into segments of at most kSegment rows of one
 // centroid. Segments are summed in parallel, in float64 and in row order, then merged in order: the result depends
@@ -118,23 +118,12 @@ std::vector<double> doubles_of(const Tensor& tensor, const char* name) {
   return values;
 }
 
-void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const Tensor& index_any,
-            const std::optional<Tensor>& weights_any, double decay, const std::string& mode) {
-  CLUSTERQ_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
-  CLUSTERQ_CHECK(x_any.dim() == 3 && centroids_any.dim() == 3, "x and centroids must be [B, N, D] and [B, K, D]");
-  const bool codebook = mode == "codebook";
-  const int64_t batch = x_any.size(0), rows = x_any.size(1), dim = x_any.size(2), clusters = centroids_any.size(1);
-  CLUSTERQ_CHECK(centroids_any.size(0) == batch && centroids_any.size(2) == dim, "x and centroids differ in B or D");
-  for_floating(x_any.scalar_type(), "x", [](auto, auto) {});
-  for_floating(centroids_any.scalar_type(), "centroids", [](auto, auto) {});
+Tensor sums(const Tensor& x_any, const Tensor& index_any, const std::optional<Tensor>& weights_any, int64_t clusters) {
+  CLUSTERQ_CHECK(x_any.dim() == 3, "x must be [B, N, D]");
+  const int64_t batch = x_any.size(0), rows = x_any.size(1), dim = x_any.size(2);
   check_dtype(index_any, ScalarType::Long, "index");
   check_sizes(index_any, {batch, rows}, "index");
-  check_dtype(size_any, ScalarType::Float, "cluster_size");
-  check_sizes(size_any, {batch, clusters}, "cluster_size");
-  check_writable(centroids_any, "centroids");
-  check_writable(size_any, "cluster_size");
   const Tensor x = packed(x_any), index = packed(index_any);
-  Tensor centroids = packed(centroids_any), size = packed(size_any);
   std::vector<double> weights;
   if (weights_any.has_value()) {
     check_sizes(*weights_any, {batch, rows}, "weights");
@@ -142,47 +131,110 @@ void update(Tensor& centroids_any, Tensor& size_any, const Tensor& x_any, const 
   }
   const double* weight = weights.empty() ? nullptr : weights.data();
   const Grouping groups = group(static_cast<const int64_t*>(index.const_data_ptr()), weight, batch, rows, clusters);
-
+  Tensor result = torch::stable::new_empty(x, {batch, clusters, dim + 1}, ScalarType::Double);
+  double* target = static_cast<double*>(result.mutable_data_ptr());
   Scratch<double> memory;
-  double* partial = nullptr;
   for_floating(x.scalar_type(), "x", [&](auto tag, auto) {
     using T = decltype(tag);
     const T* values = static_cast<const T*>(x.const_data_ptr());
-    partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
+    const double* partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
       at_level<add_rows<T>>(values, groups.order.data() + segment.begin, segment.end - segment.begin, weight, dim, sum);
     });
-  });
-  float* sizes = static_cast<float*>(size.mutable_data_ptr());
-  for_floating(centroids.scalar_type(), "centroids", [&](auto tag, auto) {
-    using T = decltype(tag);
-    T* values = static_cast<T*>(centroids.mutable_data_ptr());
     torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; slot++) {
-        const double* total = merge(groups, slot, dim, partial);
-        double count = 0;
+        double* row = target + slot * (dim + 1);
+        std::fill_n(row, dim + 1, 0.0);
         for (int64_t s = groups.first[slot]; s < groups.first[slot + 1]; s++) {
+          for (int64_t d = 0; d < dim; d++) row[d] += partial[s * dim + d];
           const Segment& segment = groups.segments[s];
           if (weight == nullptr) {
-            count += static_cast<double>(segment.end - segment.begin);
+            row[dim] += static_cast<double>(segment.end - segment.begin);
           } else {
-            for (int64_t i = segment.begin; i < segment.end; i++) count += weight[groups.order[i]];
+            for (int64_t i = segment.begin; i < segment.end; i++) row[dim] += weight[groups.order[i]];
           }
-        }
-        const double old_size = sizes[slot];
-        const double new_size = decay * old_size + (1 - decay) * count;
-        sizes[slot] = static_cast<float>(new_size);
-        if (total == nullptr || count == 0 || (codebook && new_size == 0)) continue;
-        T* target = values + slot * dim;
-        for (int64_t d = 0; d < dim; d++) {
-          const double old = load<double>(target[d]);
-          target[d] = store<T>(codebook ? (decay * old_size * old + (1 - decay) * total[d]) / new_size
-                                        : decay * old + (1 - decay) * (total[d] / count));
         }
       }
     });
   });
+  return result;
+}
+
+// The formulas of clusterq/ops/centroids.py for one set of centroids.
+struct Average {
+  double decay, smoothing;
+  bool codebook;
+
+  template <class T, class S>
+  void move(T* centroids, float* sizes, S* running, const double* sums, int64_t clusters, int64_t dim) const {
+    double whole = 0;
+    if (smoothing > 0) {
+      for (int64_t k = 0; k < clusters; k++) whole += size(sizes, sums, k, dim);
+    }
+    torch::stable::parallel_for(0, clusters, grain(dim), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; k++) {
+        const double* total = sums + k * (dim + 1);
+        const double count = total[dim], old_size = sizes[k], new_size = size(sizes, sums, k, dim);
+        T* target = centroids + k * dim;
+        if (running != nullptr) {
+          double divisor = new_size;
+          if (smoothing > 0) divisor = (new_size + smoothing) / (whole + clusters * smoothing) * whole;
+          S* sum = running + k * dim;
+          for (int64_t d = 0; d < dim; d++) {
+            const double moved = decay * load<double>(sum[d]) + (1 - decay) * total[d];
+            sum[d] = store<S>(moved);
+            if (divisor != 0) target[d] = store<T>(moved / divisor);
+          }
+        } else if (count != 0 && (!codebook || new_size != 0)) {
+          for (int64_t d = 0; d < dim; d++) {
+            const double old = load<double>(target[d]);
+            target[d] = store<T>(codebook ? (decay * old_size * old + (1 - decay) * total[d]) / new_size
+                                          : decay * old + (1 - decay) * (total[d] / count));
+          }
+        }
+      }
+    });
+    for (int64_t k = 0; k < clusters; k++) sizes[k] = static_cast<float>(size(sizes, sums, k, dim));
+  }
+
+  double size(const float* sizes, const double* sums, int64_t k, int64_t dim) const {
+    return decay * static_cast<double>(sizes[k]) + (1 - decay) * sums[k * (dim + 1) + dim];
+  }
+};
+
+void move(Tensor& centroids_any, Tensor& size_any, std::optional<Tensor>& running_any, const Tensor& sums_any,
+          double decay, const std::string& mode, double smoothing) {
+  CLUSTERQ_CHECK(mode == "mean" || mode == "codebook", "mode is ", mode, "; wanted mean or codebook");
+  CLUSTERQ_CHECK(centroids_any.dim() == 3, "centroids must be [B, K, D]");
+  const int64_t batch = centroids_any.size(0), clusters = centroids_any.size(1), dim = centroids_any.size(2);
+  check_dtype(size_any, ScalarType::Float, "cluster_size");
+  check_sizes(size_any, {batch, clusters}, "cluster_size");
+  check_dtype(sums_any, ScalarType::Double, "sums");
+  check_sizes(sums_any, {batch, clusters, dim + 1}, "sums");
+  check_writable(centroids_any, "centroids");
+  check_writable(size_any, "cluster_size");
+  const ScalarType statistics = compute_dtype(centroids_any.scalar_type());
+  if (running_any.has_value()) {
+    check_dtype(*running_any, statistics, "running_sum");
+    check_sizes(*running_any, {batch, clusters, dim}, "running_sum");
+    check_writable(*running_any, "running_sum");
+  }
+  const Tensor sums = packed(sums_any);
+  Tensor centroids = packed(centroids_any), size = packed(size_any);
+  Tensor running = running_any.has_value() ? packed(*running_any) : size;
+  const Average average = {decay, smoothing, mode == "codebook"};
+  for_floating(centroids.scalar_type(), "centroids", [&](auto tag, auto) {
+    using T = decltype(tag);
+    using S = std::conditional_t<std::is_same_v<T, double>, double, float>;
+    for (int64_t b = 0; b < batch; b++) {
+      average.move(static_cast<T*>(centroids.mutable_data_ptr()) + b * clusters * dim,
+                   static_cast<float*>(size.mutable_data_ptr()) + b * clusters,
+                   running_any.has_value() ? static_cast<S*>(running.mutable_data_ptr()) + b * clusters * dim : nullptr,
+                   static_cast<const double*>(sums.const_data_ptr()) + b * clusters * (dim + 1), clusters, dim);
+    }
+  });
   if (!centroids_any.is_contiguous()) torch::stable::copy_(centroids_any, centroids);
   if (!size_any.is_contiguous()) torch::stable::copy_(size_any, size);
+  if (running_any.has_value() && !running_any->is_contiguous()) torch::stable::copy_(*running_any, running);
 }
 
 // flow = 2 g (x - c): the gradient of the row, and minus its share of the centroid's.
@@ -250,16 +302,20 @@ std::tuple<Tensor, Tensor> nearest_centroid_backward(Tensor grad, Tensor x, Tens
   return backward(grad, x, centroids, index);
 }
 
-void update_centroids_(Tensor centroids, Tensor cluster_size, Tensor x, Tensor index, std::optional<Tensor> weights,
-                       double decay, std::string mode) {
-  update(centroids, cluster_size, x, index, weights, decay, mode);
+Tensor centroid_sums(Tensor x, Tensor index, std::optional<Tensor> weights, int64_t clusters, bool) {
+  return sums(x, index, weights, clusters);
 }
 
-std::tuple<Tensor, Tensor> assign_and_update_(Tensor centroids, Tensor cluster_size, Tensor x,
-                                              std::optional<Tensor> weights, double decay, std::string mode) {
-  auto [index, distance] = nearest(x, centroids);
-  update(centroids, cluster_size, x, index, weights, decay, mode);
-  return {index, distance};
+std::tuple<Tensor, Tensor, Tensor> assign_and_sum(Tensor x, Tensor centroids, std::optional<Tensor> weights,
+                                                  std::string precision, bool) {
+  CLUSTERQ_CHECK(precision == "exact" || precision == "fast", "precision is ", precision, "; wanted exact or fast");
+  auto [index, distance] = nearest(x, centroids, precision == "exact");
+  return {index, distance, sums(x, index, weights, centroids.size(1))};
+}
+
+void move_centroids_(Tensor centroids, Tensor cluster_size, std::optional<Tensor> running_sum, Tensor sums,
+                     double decay, std::string mode, double smoothing) {
+  move(centroids, cluster_size, running_sum, sums, decay, mode, smoothing);
 }
 
 }  // namespace
@@ -268,6 +324,7 @@ std::tuple<Tensor, Tensor> assign_and_update_(Tensor centroids, Tensor cluster_s
 
 STABLE_TORCH_LIBRARY_IMPL(clusterq, CPU, m) {
   m.impl("nearest_centroid_backward", TORCH_BOX(&clusterq::centroids::nearest_centroid_backward));
-  m.impl("update_centroids_", TORCH_BOX(&clusterq::centroids::update_centroids_));
-  m.impl("assign_and_update_", TORCH_BOX(&clusterq::centroids::assign_and_update_));
+  m.impl("centroid_sums", TORCH_BOX(&clusterq::centroids::centroid_sums));
+  m.impl("assign_and_sum", TORCH_BOX(&clusterq::centroids::assign_and_sum));
+  m.impl("move_centroids_", TORCH_BOX(&clusterq::centroids::move_centroids_));
 }
