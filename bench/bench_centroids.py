@@ -1,32 +1,51 @@
-"""Nearest-centroid search and the moving-average step against PyTorch, label errors against float64 beside every time.
+"""Nearest-centroid search and the moving-average step against what else does it; label errors beside every time.
 
     python bench/bench_centroids.py [--threads 2] [--repeats 7] [--quick] [--json FILE]
     pytest bench/bench_centroids.py --benchmark-only
 
-Peers: `cdist` is `torch.cdist(x, c).argmin(1)`; `addmm` is `(|c|^2 / 2 - x c^T).argmin(1)` in blocks of 8192 rows; the
-step `index_add` is the `cdist` search followed by `index_add_`, `bincount` and the average of the centroids. Before
-anything is timed, the labels are compared with a direct float64 search on up to 4096 rows, and one wrong label from
-clusterq ends the run.
+Searches (`centroid_peers.py`): `cdist` is `torch.cdist(x, c).argmin(1)`; `addmm` is `(|c|^2 / 2 - x c^T).argmin(1)` in
+blocks of 8192 rows; `faiss` a flat index; `scikit-learn` its `pairwise_distances_argmin`; `multiply-adds` as many
+multiply-adds in float32 as N x K distances have, in registers: no search. Steps: one search and one average. Before
+anything is timed, labels are compared with a direct float64 search on up to 4096 rows, and one wrong label from
+clusterq ends the run. `heap beyond the result` is counted by malloc itself, in a process of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import Bar, Case, main
+from centroid_peers import DECAY, SEARCHES, STEPS, multiply_adds
+from harness import OURS, Bar, Call, Case, Row, main
 from torch import Tensor
 
 from clusterq import ops
 
 # (N, D, K)
-SHAPES = ((65536, 64, 512), (131072, 16, 256), (16384, 256, 1024), (65536, 64, 10))
+SHAPES = (
+    (131072, 8, 256),
+    (131072, 32, 512),
+    (65536, 64, 512),
+    (16384, 256, 1024),
+    (4096, 512, 8192),
+    (65536, 64, 16),
+)
+STEP = (65536, 64, 512)
 QUICK = ((4096, 64, 128), (4096, 16, 10))
-DECAY = 0.99
 CHECKED = 4096
+# The least number of times faster that is promised of every step.
+STEP_BARS = {"faiss": 1.5, "scikit-learn": 2.0, "vector-quantize-pytorch": 20.0}
 
 
 def data(kind: str, rows: int, dim: int, clusters: int) -> tuple[Tensor, Tensor]:
@@ -39,84 +58,139 @@ def data(kind: str, rows: int, dim: int, clusters: int) -> tuple[Tensor, Tensor]
 
 def search_float64(x: Tensor, centroids: Tensor) -> Tensor:
     exact = "donot_use_mm_for_euclid_dist"
-    return torch.cat([torch.cdist(p.double(), centroids.double(), compute_mode=exact).argmin(1) for p in x.split(1024)])
-
-
-def search_cdist(x: Tensor, centroids: Tensor) -> Tensor:
-    return torch.cdist(x, centroids).argmin(1)
-
-
-def search_addmm(x: Tensor, centroids: Tensor) -> Tensor:
-    half = 0.5 * centroids.square().sum(1)
-    return torch.cat([torch.addmm(half, part, centroids.t(), alpha=-1).argmin(1) for part in x.split(8192)])
+    parts = x.split(max(1, (1 << 22) // len(centroids)))
+    return torch.cat([torch.cdist(p.double(), centroids.double(), compute_mode=exact).argmin(1) for p in parts])
 
 
 def search_clusterq(x: Tensor, centroids: Tensor) -> Tensor:
     return ops.nearest_centroid(x, centroids)[0]
 
 
-SEARCHES = {"clusterq": search_clusterq, "cdist": search_cdist, "addmm": search_addmm}
+def searches(x: Tensor, centroids: Tensor) -> dict[str, Call]:
+    """Ours and the peers that are installed."""
+    made = {name: make(x, centroids) for name, make in SEARCHES.items()}
+    return {OURS: partial(search_clusterq, x, centroids), **{n: call for n, call in made.items() if call is not None}}
 
 
-def step_clusterq(x: Tensor, centroids: Tensor, size: Tensor) -> None:
-    ops.assign_and_update_(centroids, size, x, DECAY)
-
-
-def step_index_add(x: Tensor, centroids: Tensor, size: Tensor) -> None:
-    index = search_cdist(x, centroids)
-    sums = torch.zeros_like(centroids).index_add_(0, index, x)
-    count = torch.bincount(index, minlength=centroids.shape[0]).float()
-    mean = torch.where(count[:, None] > 0, sums / count.clamp_min(1)[:, None], centroids)
-    centroids.lerp_(mean, 1 - DECAY)
-    size.lerp_(count, 1 - DECAY)
-
-
-STEPS = {"clusterq": step_clusterq, "index_add": step_index_add}
-
-
-def search_case(kind: str, rows: int, dim: int, clusters: int, bar: Bar | None = None) -> Case:
-    x, centroids = data(kind, rows, dim, clusters)
+def label_errors(calls: Mapping[str, Call], x: Tensor, centroids: Tensor) -> str:
     truth = search_float64(x[:CHECKED], centroids)
-    wrong = {name: int((search(x, centroids)[:CHECKED] != truth).sum()) for name, search in SEARCHES.items()}
-    if wrong["clusterq"]:
-        raise SystemExit(f"clusterq gave {wrong['clusterq']} wrong labels of {len(truth)}")
-    note = f"wrong labels of {len(truth)}: " + ", ".join(f"{name} {errors}" for name, errors in wrong.items())
-    contestants = {name: partial(search, x, centroids) for name, search in SEARCHES.items()}
-    return Case(f"search, {kind} data", f"N={rows} D={dim} K={clusters}", contestants, bar, note)
+    results: dict[str, Any] = {name: call() for name, call in calls.items()}
+    wrong = {name: int((labels[:CHECKED] != truth).sum()) for name, labels in results.items()}
+    if wrong[OURS]:
+        raise SystemExit(f"clusterq gave {wrong[OURS]} wrong labels of {len(truth)}")
+    share = ops.undecided_rows(x, centroids).float().mean()
+    errors = ", ".join(f"{name} {count}" for name, count in wrong.items())
+    return f"wrong labels of {len(truth)}: {errors}; {100 * share:.2g} % of the rows told apart by distances in float64"
+
+
+def search_cases(kind: str, rows: int, dim: int, clusters: int) -> Iterator[Case]:
+    x, centroids = data(kind, rows, dim, clusters)
+    calls, detail = searches(x, centroids), f"N={rows} D={dim} K={clusters}"
+    promised = kind == "normal"
+    note = label_errors(calls, x, centroids)
+    yield Case(f"search, {kind} data", detail, calls, Bar("cdist", 2.0) if promised else None, note)
+    if promised and "faiss" in calls:
+        pair = {name: calls[name] for name in (OURS, "faiss")}
+        yield Case("search against faiss", detail, pair, Bar("faiss", 1.2 if clusters <= 16 else 1.6))
+    floor = multiply_adds(rows * dim * clusters)
+    if promised and floor is not None and dim >= 32:
+        bar = Bar("multiply-adds", 1 / 0.65, "at most x of the time") if clusters > 16 else None
+        yield Case("share of the peak", detail, {OURS: calls[OURS], "multiply-adds": floor}, bar)
+
+
+def step_clusterq(x: Tensor, centroids: Tensor) -> Call:
+    means, size = centroids.clone(), torch.zeros(len(centroids))
+    return partial(ops.assign_and_update_, means, size, x, DECAY)
 
 
 def check_step() -> None:
-    """Both steps give the same centroids to float32 accuracy."""
-    results = []
-    for step in STEPS.values():
-        x, centroids = data("normal", 4096, 16, 32)
-        size = torch.zeros(32)
-        step(x, centroids, size)
-        results.append((centroids, size))
-    for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    """Our step and the one of torch's ops give the same centroids to float32 accuracy."""
+    x, centroids = data("normal", 4096, 16, 32)
+    means, size, index = centroids.clone(), torch.zeros(32), search_float64(x, centroids)
+    ops.assign_and_update_(means, size, x, DECAY)
+    one_hot = torch.nn.functional.one_hot(index, 32).double()
+    count = one_hot.sum(0)
+    wanted = DECAY * centroids.double() + (1 - DECAY) * (one_hot.t() @ x.double()) / count[:, None]
+    torch.testing.assert_close(means, wanted.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(size, (1 - DECAY) * count.float(), rtol=1e-6, atol=0)
 
 
-def step_case(rows: int, dim: int, clusters: int) -> Case:
+def step_cases(rows: int, dim: int, clusters: int) -> Iterator[Case]:
     check_step()
     x, centroids = data("normal", rows, dim, clusters)
-    contestants = {name: partial(step, x, centroids.clone(), torch.zeros(clusters)) for name, step in STEPS.items()}
-    return Case("search and average", f"N={rows} D={dim} K={clusters}", contestants)
+    detail, ours = f"N={rows} D={dim} K={clusters}", step_clusterq(x, centroids)
+    for name, make in STEPS.items():
+        call = make(x, centroids)
+        if call is None:
+            continue
+        bar = Bar(name, STEP_BARS[name]) if name in STEP_BARS else None
+        yield Case(f"search and average against {name}", detail, {OURS: ours, name: call}, bar)
+
+
+@dataclass(frozen=True)
+class HeapCase(Case):
+    """Bytes on the heap beyond the result; the peer is 1 % of a table of N x K distances."""
+
+    shape: tuple[int, int, int] = (1, 1, 1)
+
+    def measure(self, repeats: int, *, quick: bool = False, **timer: Any) -> list[Row]:
+        rows, _, clusters = self.shape
+        held, allowed = float(heap_beyond_the_result(*self.shape)), 0.04 * rows * clusters
+        costs, bar = {OURS: held, "1 % of N x K": allowed}, None if quick else Bar("1 % of N x K", 1.0)
+        return [Row(self.name, self.detail, OURS, costs, {"1 % of N x K": allowed / held}, bar, self.note, "B")]
+
+
+_HEAP = """
+import ctypes, sys, torch
+from clusterq import ops
+rows, dim, clusters, threads = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+heap = ctypes.CDLL(None)
+x, centroids = torch.randn(rows, dim), torch.randn(clusters, dim)
+ops.nearest_centroid(x, centroids)
+heap.heap_reset()
+result = ops.nearest_centroid(x, centroids)
+heap.heap_peak.restype = ctypes.c_long
+print(heap.heap_peak() - sum(t.numel() * t.element_size() for t in result))
+"""
+
+
+def heap_beyond_the_result(rows: int, dim: int, clusters: int) -> int:
+    source = Path(__file__).with_name("heap_peak.c")
+    with tempfile.TemporaryDirectory() as folder:
+        target = f"{folder}/heap_peak.so"
+        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-fno-builtin", "-o", target, str(source)], check=True)
+        environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+        child = subprocess.run(
+            [sys.executable, "-c", _HEAP, *map(str, (rows, dim, clusters, torch.get_num_threads()))],
+            env={**environment, "LD_PRELOAD": target}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    return int(child.stdout)
 
 
 def cases(quick: bool) -> Iterator[Case]:
     shapes = QUICK if quick else SHAPES
     for kind in ("normal", "offset"):
         for shape in shapes:
-            promised = kind == "normal" and shape == shapes[0]
-            yield search_case(kind, *shape, bar=Bar("cdist", 4.0) if promised else None)
-    yield step_case(*shapes[0])
+            yield from search_cases(kind, *shape)
+    yield from step_cases(*(shapes[0] if quick else STEP))
+    if platform.libc_ver()[0] != "glibc" or shutil.which("gcc") is None:
+        return
+    for rows, dim, clusters in shapes:
+        # the harness wants a contestant of that name; it is never called
+        unused: dict[str, Call] = {OURS: object, "1 % of N x K": object}
+        detail = f"N={rows} D={dim} K={clusters}"
+        yield HeapCase("heap beyond the result", detail, unused, shape=(rows, dim, clusters))
 
 
-@pytest.mark.parametrize("contestant", list(SEARCHES))
+@pytest.mark.parametrize("contestant", [OURS, *SEARCHES])
 def test_search(benchmark: Any, contestant: str) -> None:
-    search_case("normal", 8192, 64, 512).benchmark(benchmark, contestant)
+    x, centroids = data("normal", 8192, 64, 512)
+    calls = searches(x, centroids)
+    if contestant not in calls:
+        pytest.skip(f"{contestant} is not installed")
+    Case("search", "N=8192 D=64 K=512", calls).benchmark(benchmark, contestant)
 
 
 if __name__ == "__main__":
-    main("centroids", __doc__, cases, ops=("nearest_centroid", "assign_and_update_"), repeats=7)
+    main("centroids", __doc__, cases, ops=("nearest_centroid", "assign_and_sum", "move_centroids_"), repeats=7)

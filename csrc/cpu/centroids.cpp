@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "centroids_book.h"
+#include "centroids_searcher.h"
 #include "lanes_avx512.h"
 
 namespace clusterq {
@@ -74,205 +74,6 @@ const Level* pair_level() {
   return nullptr;
 }
 
-// Rows [N, D] of one batch entry as they lie in memory, strides in elements.
-struct Points {
-  const char* data;
-  ScalarType dtype;
-  int64_t element, row_stride, stride;
-
-  const char* row(int64_t n) const { return data + n * row_stride * element; }
-  bool direct() const { return dtype == ScalarType::Float && stride == 1; }
-};
-
-void widen(const Level& level, ScalarType dtype, const void* source, int64_t step, int64_t count, float* target) {
-  const auto loop = dtype == ScalarType::Half       ? level.widen_half
-                    : dtype == ScalarType::BFloat16 ? level.widen_bfloat16
-                                                    : level.widen_float;
-  loop(source, step, count, target);
-}
-
-// Panels that fit a level-2 cache beside a block of rows are packed once for all threads; others by each thread, as
-// many at a time.
-constexpr int64_t kShared = 512 << 10, kOwn = 256 << 10;
-// Rows that pass by all panels before the next ones come. Few where all panels are at hand.
-constexpr int64_t kFew = 2 * kMostRows, kMany = 2048;
-
-// The search as one call runs it: one set of centroids, all rows, one level.
-class Plan {
- public:
-  Plan(const Level& level, const Book& book, Search search)
-      : level(level), book(book), search(search), dim(book.bound(false, true).dim) {
-    const int64_t clusters = book.clusters(), width = 2 * level.lanes, panel = Book::bytes(level, width, dim);
-    // 16-bit products are for finding candidates only.
-    exact = search.exact || level.pairs;
-    shared = Book::bytes(level, clusters, dim) <= kShared && clusters <= 4096;
-    step = shared ? (clusters + width - 1) / width * width : std::clamp<int64_t>(kOwn / panel, 1, 128) * width;
-    if (!shared) return;
-    char* target = panels_.reserve(Book::bytes(level, clusters, dim));
-    torch::stable::parallel_for(0, (clusters + width - 1) / width, std::max<int64_t>(1, 32768 / (width * dim)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t p = begin; p < end; p++) book.pack(level, p * width, target + p * panel);
-                                });
-  }
-
-  const char* panels() const { return panels_.get(); }
-
-  const Level& level;
-  const Book& book;
-  Search search;
-  int64_t dim;
-  bool exact, shared;
-  // centroids at a time
-  int64_t step;
-
- private:
-  Scratch<char> panels_;
-};
-
-// The rows of one thread.
-class Searcher {
- public:
-  explicit Searcher(const Plan& plan) : plan_(plan), rows_(plan.shared ? kFew : kMany) {
-    const int64_t dim = plan.dim, operands = kMostRows * (dim + kMostWidth);
-    std::fill_n(operands_.reserve(operands), operands, 0.0f);
-    scores_.reserve(kMostRows * (std::min(plan.step, plan.book.clusters()) / 2 + kMostWidth));
-    job_ = {plan.book.values(),
-            plan.book.origin(),
-            plan.book.left_out(),
-            plan.book.clusters(),
-            plan.book.bound(plan.level.pairs, plan.exact),
-            plan.search.count,
-            plan.search.count == 1 && plan.book.apart().empty(),
-            [](void* self, const float* x, const Row& row, int64_t number) {
-              static_cast<Searcher*>(self)->decide(x, row, number);
-            },
-            this};
-  }
-
-  void run(const Points& points, int64_t begin, int64_t end, const Output& output) {
-    const int64_t block = static_cast<int64_t>(rows_.size()), wanted = plan_.search.count;
-    for (int64_t n = begin; n < end; n += block) {
-      const int64_t count = std::min(block, end - n);
-      output_ = {output.index == nullptr ? nullptr : output.index + n * wanted,
-                 output.distance == nullptr ? nullptr : output.distance + n * wanted,
-                 output.undecided == nullptr ? nullptr : output.undecided + n};
-      int64_t stride = points.row_stride;
-      const float* x = points.direct() ? reinterpret_cast<const float*>(points.row(n)) : nullptr;
-      if (x == nullptr) {
-        float* target = wide_.reserve(block * plan_.dim);
-        for (int64_t r = 0; r < count; r++) {
-          widen(plan_.level, points.dtype, points.row(n + r), points.stride, plan_.dim, target + r * plan_.dim);
-        }
-        x = target, stride = plan_.dim;
-      }
-      scan(x, stride, count);
-    }
-  }
-
-  // Rows with more candidates than are kept.
-  int64_t crowded() const { return crowded_; }
-
- private:
-  void scan(const float* x, int64_t stride, int64_t count) {
-    const Book& book = plan_.book;
-    const int64_t clusters = book.clusters();
-    for (int64_t first = 0; first < clusters; first += plan_.step) {
-      const int64_t here = std::min(plan_.step, clusters - first);
-      const char* operands = plan_.panels();
-      if (!plan_.shared) {
-        const int64_t width = 2 * plan_.level.lanes, panel = Book::bytes(plan_.level, width, plan_.dim);
-        char* target = panels_.reserve(plan_.step / width * panel);
-        for (int64_t p = 0; p * width < here; p++) book.pack(plan_.level, first + p * width, target + p * panel);
-        operands = target;
-      }
-      plan_.level.scan(job_, {here, plan_.dim, operands, book.offset(first)}, x, stride, count, first,
-                       first + here == clusters, operands_.get(), scores_.get(), rows_.data(), output_);
-    }
-  }
-
-  void decide(const float* x, const Row& row, int64_t number) {
-    int64_t index[2] = {-1, -1};
-    const int wanted = plan_.search.count;
-    bool alone = false;
-    const bool usable = row.count != kMeasure || std::none_of(x, x + plan_.dim, [](float v) { return std::isnan(v); });
-    if (usable) alone = choose(x, row, index);
-    for (int n = 0; n < wanted; n++) {
-      const int64_t k = index[n], place = number * wanted + n;
-      if (output_.index != nullptr) output_.index[place] = k;
-      if (output_.distance == nullptr) continue;
-      output_.distance[place] =
-          k < 0 ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(plan_.book.measure(x, k));
-    }
-    if (output_.undecided != nullptr) output_.undecided[number] = !alone;
-  }
-
-  // Whether scores alone were enough.
-  bool choose(const float* x, const Row& row, int64_t* index) {
-    const Book& book = plan_.book;
-    const int wanted = plan_.search.count;
-    const bool crowded = row.count == kOverflow;
-    crowded_ += crowded;
-    found_.clear();
-    if (row.count == kMeasure) {
-      book.settle(x, nullptr, wanted, index);
-      return false;
-    }
-    if (crowded && plan_.exact) {
-      book.rank(x, row.norm, wanted, scores32_, found_);
-    } else {
-      for (int j = 0; j < (crowded ? kRoom : row.count); j++) {
-        const int64_t id = row.candidates[j].id;
-        for (const int64_t k : {id, id + plan_.level.lanes}) {
-          if (k < book.clusters() && !book.left_out()[k]) found_.push_back(k);
-        }
-      }
-    }
-    if (static_cast<int>(found_.size()) < wanted) {
-      book.settle(x, nullptr, wanted, index);
-      return false;
-    }
-    distances_.clear();
-    for (const int64_t k : found_) distances_.push_back(book.measure(x, k));
-    double farthest = reach(wanted);
-    for (const int64_t k : book.apart()) {
-      if (!book.within(k, row.norm, farthest)) continue;
-      found_.push_back(k);
-      distances_.push_back(book.measure(x, k));
-    }
-    // What another order of summation may still bring to the front.
-    farthest = reach(wanted) * job_.bound.order;
-    int64_t kept = 0;
-    for (size_t j = 0; j < found_.size(); j++) {
-      if (distances_[j] <= farthest) found_[kept++] = found_[j];
-    }
-    found_.resize(kept);
-    if (kept == 1) {
-      index[0] = found_[0];
-    } else {
-      book.settle(x, &found_, wanted, index);
-    }
-    return kept == 1 && row.count == 1;
-  }
-
-  // The `wanted`-th smallest distance.
-  double reach(int wanted) {
-    sorted_ = distances_;
-    std::nth_element(sorted_.begin(), sorted_.begin() + wanted - 1, sorted_.end());
-    return sorted_[wanted - 1];
-  }
-
-  const Plan& plan_;
-  std::vector<Row> rows_;
-  Job job_;
-  Output output_ = {};
-  Scratch<float> operands_, scores_, wide_;
-  Scratch<char> panels_;
-  std::vector<float> scores32_;
-  std::vector<int64_t> found_;
-  std::vector<double> distances_, sorted_;
-  int64_t crowded_ = 0;
-};
-
 // Whether products of bfloat16 leave few enough candidates, by some of the rows.
 bool pairs_suffice(const Level& level, const Book& book, Search search, const Points& points, int64_t rows) {
   constexpr int64_t kSamples = 4;
@@ -284,6 +85,28 @@ bool pairs_suffice(const Level& level, const Book& book, Search search, const Po
   searcher.run(sample, 0, kSamples * kMostRows, {});
   // Such a row costs about as much as four others.
   return searcher.crowded() * 8 < kSamples * kMostRows;
+}
+
+// So few numbers that preparing a search would take longer than the distances.
+void search_tiny(const Points& points, const char* c, ScalarType c_dtype, int64_t rows, int64_t clusters, int64_t dim,
+                 Search search, const Output& output) {
+  const Level& level = float_level();
+  std::vector<float> values(clusters * dim), row(dim);
+  widen(level, c_dtype, c, 1, clusters * dim, values.data());
+  for (int64_t n = 0; n < rows; n++) {
+    widen(level, points.dtype, points.row(n), points.stride, dim, row.data());
+    int64_t index[2];
+    nearest_by_distance(row.data(), values.data(), clusters, dim, nullptr, search.count, index);
+    for (int w = 0; w < search.count; w++) {
+      const int64_t place = n * search.count + w, k = index[w];
+      if (output.index != nullptr) output.index[place] = k;
+      if (output.distance != nullptr) {
+        output.distance[place] = k < 0 ? std::numeric_limits<float>::quiet_NaN()
+                                       : static_cast<float>(level.measure(row.data(), &values[k * dim], dim));
+      }
+    }
+    if (output.undecided != nullptr) output.undecided[n] = false;
+  }
 }
 
 void search_float(const Points& points, const char* c, ScalarType c_dtype, int64_t rows, int64_t clusters, int64_t dim,
@@ -299,7 +122,8 @@ void search_float(const Points& points, const char* c, ScalarType c_dtype, int64
   // In few dimensions centroids lie too close for 16 bits.
   const bool paired = pairs != nullptr && dim > 4 && pairs_suffice(*pairs, book, search, points, rows);
   const Plan plan(paired ? *pairs : plain, book, search);
-  const int64_t grain = std::clamp<int64_t>((1 << 20) / (clusters * dim + 1), kMostRows, 4096);
+  // about 0.1 ms of work: a row takes some 100 cycles besides its products
+  const int64_t grain = std::max<int64_t>(kMostRows, (int64_t{1} << 23) / (clusters * dim + 4096));
   torch::stable::parallel_for(0, rows, grain,
                               [&](int64_t begin, int64_t end) { Searcher(plan).run(points, begin, end, output); });
 }
@@ -369,11 +193,13 @@ void search_all(const Tensor& x_any, const Tensor& centroids_any, Search search,
     const Output output = {index == nullptr ? nullptr : index + b * outputs,
                            distance == nullptr ? nullptr : static_cast<float*>(distance) + b * outputs,
                            undecided == nullptr ? nullptr : undecided + b * rows};
-    search_float(points, c_data + b * c_bytes, centroids.scalar_type(), rows, clusters, dim, search, output);
+    const auto find = rows * clusters * dim <= 1024 ? search_tiny : search_float;
+    find(points, c_data + b * c_bytes, centroids.scalar_type(), rows, clusters, dim, search, output);
   };
   // Many small problems run side by side, each on one thread; large ones one after the other, each on all threads.
   if (batch > 1 && rows * clusters * dim < (int64_t{1} << 22)) {
-    torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, 16384 / (rows * clusters * dim));
+    torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; b++) one(b);
     });
   } else {

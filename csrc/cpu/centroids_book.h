@@ -11,6 +11,49 @@
 namespace clusterq {
 namespace centroids {
 
+// sum (x - c_k)^2 in float64, in the order of d, of four centroids of [clusters, dim].
+inline void measure4(const float* x, const float* centroids, int64_t dim, const int64_t* k, double* distance) {
+  const float* c[4];
+  for (int j = 0; j < 4; j++) c[j] = centroids + k[j] * dim;
+  double sum[4] = {};
+  for (int64_t d = 0; d < dim; d++) {
+    for (int j = 0; j < 4; j++) {
+      const double difference = static_cast<double>(x[d]) - static_cast<double>(c[j][d]);
+      sum[j] += difference * difference;
+    }
+  }
+  std::copy_n(sum, 4, distance);
+}
+
+// The `wanted` nearest, 1 or 2, of the listed centroids, of all without a list; -1 where there is none.
+inline void nearest_by_distance(const float* x, const float* centroids, int64_t clusters, int64_t dim,
+                                const std::vector<int64_t>* list, int wanted, int64_t* index) {
+  const int64_t count = list == nullptr ? clusters : static_cast<int64_t>(list->size());
+  double lowest[2] = {0, 0};
+  index[0] = index[wanted - 1] = -1;
+  const auto before = [&](double distance, int64_t k, int n) {
+    return index[n] < 0 || distance < lowest[n] || (distance == lowest[n] && k < index[n]);
+  };
+  for (int64_t first = 0; first < count; first += 4) {
+    int64_t ids[4];
+    double distance[4];
+    for (int64_t j = 0; j < 4; j++) {
+      const int64_t i = std::min(first + j, count - 1);
+      ids[j] = list == nullptr ? i : (*list)[i];
+    }
+    measure4(x, centroids, dim, ids, distance);
+    for (int64_t j = 0; j < std::min<int64_t>(4, count - first); j++) {
+      if (std::isnan(distance[j])) continue;
+      if (before(distance[j], ids[j], 0)) {
+        if (wanted == 2) lowest[1] = lowest[0], index[1] = index[0];
+        lowest[0] = distance[j], index[0] = ids[j];
+      } else if (wanted == 2 && before(distance[j], ids[j], 1)) {
+        lowest[1] = distance[j], index[1] = ids[j];
+      }
+    }
+  }
+}
+
 class Book {
  public:
   // `values` [clusters, dim] must outlive the object. `level` may have pairs, then `plain` is the one without.
@@ -97,33 +140,9 @@ class Book {
 
   double measure(const float* x, int64_t k) const { return plain_.measure(x, values_ + k * dim_, dim_); }
 
-  // The `wanted` nearest of the listed centroids by sum (x - c)^2 in float64, in the order of d; all of them without a
-  // list. -1 where there is none.
+  // `nearest_by_distance` among these centroids.
   void settle(const float* x, const std::vector<int64_t>* list, int wanted, int64_t* index) const {
-    const int64_t count = list == nullptr ? clusters_ : static_cast<int64_t>(list->size());
-    double lowest[2] = {0, 0};
-    index[0] = index[wanted - 1] = -1;
-    const auto before = [&](double distance, int64_t k, int n) {
-      return index[n] < 0 || distance < lowest[n] || (distance == lowest[n] && k < index[n]);
-    };
-    for (int64_t first = 0; first < count; first += 4) {
-      int64_t ids[4];
-      double distance[4];
-      for (int64_t j = 0; j < 4; j++) {
-        const int64_t i = std::min(first + j, count - 1);
-        ids[j] = list == nullptr ? i : (*list)[i];
-      }
-      measure4(x, ids, distance);
-      for (int64_t j = 0; j < std::min<int64_t>(4, count - first); j++) {
-        if (std::isnan(distance[j])) continue;
-        if (before(distance[j], ids[j], 0)) {
-          if (wanted == 2) lowest[1] = lowest[0], index[1] = index[0];
-          lowest[0] = distance[j], index[0] = ids[j];
-        } else if (wanted == 2 && before(distance[j], ids[j], 1)) {
-          lowest[1] = distance[j], index[1] = ids[j];
-        }
-      }
-    }
+    nearest_by_distance(x, values_, clusters_, dim_, list, wanted, index);
   }
 
  private:
@@ -133,19 +152,6 @@ class Book {
     torch::stable::parallel_for(0, clusters_, grain, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; k++) body(k);
     });
-  }
-
-  void measure4(const float* x, const int64_t* k, double* distance) const {
-    const float* c[4];
-    for (int j = 0; j < 4; j++) c[j] = values_ + k[j] * dim_;
-    double sum[4] = {};
-    for (int64_t d = 0; d < dim_; d++) {
-      for (int j = 0; j < 4; j++) {
-        const double difference = static_cast<double>(x[d]) - static_cast<double>(c[j][d]);
-        sum[j] += difference * difference;
-      }
-    }
-    std::copy_n(sum, 4, distance);
   }
 
   // No finite row can choose a centroid that is not finite.
