@@ -4,12 +4,14 @@
 #include <utility>
 
 #include "cpu/bn_stats.h"
+#include "cpu/lanes_avx512.h"
 
 // Vec never crosses a function that is not inlined, so the ABI of wide vectors does not matter.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif
 
+#define CLUSTERQ_ROUNDS_BFLOAT16 0
 #define CLUSTERQ_ISA portable
 #define CLUSTERQ_VECTOR_BYTES 16
 #include "cpu/bn_stats_kernels.h"
@@ -46,6 +48,19 @@
 #include "cpu/bn_stats_kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512bf16")
+#endif
+// Used for bfloat16 only.
+#undef CLUSTERQ_ROUNDS_BFLOAT16
+#define CLUSTERQ_ROUNDS_BFLOAT16 1
+#define CLUSTERQ_ISA avx512_bf16
+#define CLUSTERQ_VECTOR_BYTES 64
+#include "cpu/bn_stats_kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
 #else
 #pragma GCC pop_options
 #pragma GCC diagnostic pop
@@ -59,6 +74,9 @@ namespace {
 template <class T>
 Kernels<T> choose() {
 #ifdef CLUSTERQ_X86
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_avx512_bf16()) return avx512_bf16::table<T>();
+  }
   if (cpu_level() == CpuLevel::kAvx512) return avx512::table<T>();
   if (cpu_level() == CpuLevel::kAvx2) return avx2::table<T>();
 #endif

@@ -131,11 +131,22 @@ CLUSTERQ_INLINE Floats widen(BFloat16, Halves h) { return (Floats)(__builtin_con
 CLUSTERQ_INLINE Halves low_halves(Words w) { return __builtin_convertvector(w, DenseHalves); }
 #endif
 
-CLUSTERQ_INLINE Halves narrow(BFloat16, Floats f) {
+CLUSTERQ_INLINE Halves round_bits(Floats f) {
   const Words u = (Words)f;
   const Words rounded = (u + (0x7fffu + ((u >> 16) & 1u))) >> 16;
   const Words nan = (Words)(f != f);
   return low_halves((rounded & ~nan) | (0x7fc0u & nan));
+}
+
+CLUSTERQ_INLINE Halves narrow(BFloat16, Floats f) {
+#if CLUSTERQ_ROUNDS_BFLOAT16
+  // The instruction takes subnormal numbers for 0 and keeps what a NaN carries.
+  constexpr int kNanOrSubnormal = 0x01 | 0x20 | 0x80;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)f, kNanOrSubnormal) == 0, 1)) {
+    return (Halves)(__m256i)_mm512_cvtneps_pbh((__m512)f);
+  }
+#endif
+  return round_bits(f);
 }
 
 #if CLUSTERQ_VECTOR_BYTES == 64
