@@ -13,12 +13,14 @@ from torch import Tensor
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-CPU_LEVELS = ("default", "avx2", "avx512")
+CPU_LEVELS = ("default", "avx2", "avx512", "avx512_bf16")
 
 
 def cpu_levels() -> tuple[str, ...]:
     """Values of `CLUSTERQ_CPU_CAPABILITY` that this processor can run, lowest first."""
     best = torch.backends.cpu.get_cpu_capability().lower()
+    if best == "avx512" and torch.cpu._is_avx512_bf16_supported():
+        best = "avx512_bf16"
     return CPU_LEVELS[: CPU_LEVELS.index(best) + 1] if best in CPU_LEVELS else CPU_LEVELS[:1]
 
 

@@ -59,9 +59,9 @@ def test_disagreement_in_an_argument_changed_in_place_fails(monkeypatch: pytest.
     def idle(*arguments: object) -> None:
         return None
 
-    _wrong_reference(monkeypatch, "update_centroids_", idle)
+    _wrong_reference(monkeypatch, "move_centroids_", idle)
     failed = [state for state in diagnosis.doctor().ops if state.check == "failed"]
-    assert [state.op for state in failed] == ["update_centroids_"]
+    assert [state.op for state in failed] == ["move_centroids_"]
 
 
 def test_raising_kernel_fails_with_its_message(monkeypatch: pytest.MonkeyPatch) -> None:

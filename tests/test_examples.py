@@ -22,6 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("torchao_quantize.py", "torchao"),
         ("torchao_pt2e.py", "torchao"),
         ("brevitas_layers.py", "brevitas"),
+        ("vq_vae.py", "vector_quantize_pytorch"),
     ],
 )
 def test_example(name: str, library: str) -> None:

@@ -42,14 +42,22 @@ def grid(n: int, dtype: torch.dtype) -> Arguments:
     return {"scale": scale, "zero_point": 5 + values((3,), dtype), "quant_min": 0, "quant_max": 15, "axis": 1}
 
 
-def codebook(n: int, dtype: torch.dtype) -> Arguments:
+def search(n: int, dtype: torch.dtype) -> Arguments:
+    return {"x": values((5 * n, 4), dtype), "centroids": values((n + 3, 4), dtype, 1), "precision": "exact"}
+
+
+def average(n: int, dtype: torch.dtype) -> Arguments:
     return {
         "centroids": values((n + 3, 4), dtype, 1),
         "cluster_size": positive((n + 3,)),
         "x": values((5 * n, 4), dtype),
         "decay": 0.9,
         "weights": positive((5 * n,), dtype),
-        "mode": "mean",
+        "mode": "codebook",
+        "running_sum": values((n + 3, 4), torch.promote_types(dtype, torch.float32), 2),
+        "smoothing": 1e-3,
+        "deterministic": True,
+        "process_group": None,
     }
 
 
@@ -142,9 +150,13 @@ FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
     "batch_norm_with_instance_statistics": batch_norm,
     "merge_instance_statistics": lambda n, dtype: instances(n, dtype) | {"spatial": n + 2, "correction": 1},
     "merge_class_statistics": lambda n, dtype: instances(n, dtype) | classes(n),
-    "nearest_centroid": lambda n, dtype: {name: codebook(n, dtype)[name] for name in ("x", "centroids")},
-    "update_centroids_": lambda n, dtype: codebook(n, dtype) | {"index": torch.arange(5 * n) % (n + 3)},
-    "assign_and_update_": codebook,
+    "nearest_centroid": search,
+    "two_nearest_centroids": search,
+    "undecided_rows": lambda n, dtype: {name: search(n, dtype)[name] for name in ("x", "centroids")},
+    "update_centroids_": lambda n, dtype: (
+        average(n, dtype) | {"index": torch.arange(5 * n) % (n + 3), "dead_below": None}
+    ),
+    "assign_and_update_": lambda n, dtype: average(n, dtype) | {"precision": "exact"},
 }
 # What a gradient flows to; a straight-through estimator is no derivative and is checked in test_fake_quant_gradients.
 STRAIGHT_THROUGH = {
@@ -163,6 +175,7 @@ TRUE_DERIVATIVE = {
     "merge_instance_statistics": ("mean", "var"),
     "merge_class_statistics": ("mean", "var"),
     "nearest_centroid": ("x", "centroids"),
+    "two_nearest_centroids": ("x", "centroids"),
 }
 NO_GRADIENT = {
     "quantize",
@@ -172,6 +185,7 @@ NO_GRADIENT = {
     "unpack_codes",
     "range_to_qparams",
     "mse_range",
+    "undecided_rows",
     "update_centroids_",
     "assign_and_update_",
 }
@@ -179,8 +193,10 @@ LEAVES = STRAIGHT_THROUGH | TRUE_DERIVATIVE
 
 
 def test_every_public_function_is_here_with_every_argument() -> None:
-    # The alignment loss takes layers; test_alignment compiles it, checks its derivative and its arguments.
+    # The alignment loss takes layers; test_alignment compiles it, checks its derivative and its arguments. k-means waits
+    # for a number to stop by.
     apart = {"Backend", "backends", "Alignment", "AlignmentTargets", "ClassTargets", "alignment_loss"}
+    apart |= {"KMeansResult", "kmeans"}
     public = set(ops.__all__) - apart
     assert public == set(FUNCTIONS) == LEAVES.keys() | NO_GRADIENT
     for name, make in FUNCTIONS.items():

@@ -1,4 +1,4 @@
-"""Modules on top of `clusterq.ops`: quantizers, quantized layers, BatchNorm that reports its statistics.
+"""Modules on top of `clusterq.ops`: quantizers, quantized layers, BatchNorm that reports its statistics, codebooks.
 
 `FakeQuantize`, `FusedMovingAvgObsFakeQuantize` and `LearnableFakeQuantize` stand in for torch.ao's modules of these
 names; they are imported when they are first asked for.
@@ -6,6 +6,7 @@ names; they are imported when they are first asked for.
 
 from typing import TYPE_CHECKING, Any
 
+from clusterq.nn.codebook import EMACodebook, commitment_loss, straight_through
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer, set_quantization
 from clusterq.nn.statistics import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationQuantizer",
+    "EMACodebook",
     "FakeQuantize",
     "FusedMovingAvgObsFakeQuantize",
     "LayerStatistics",
@@ -33,8 +35,10 @@ __all__ = [
     "StatisticsBatchNorm3d",
     "StatisticsRecorder",
     "WeightQuantizer",
+    "commitment_loss",
     "replace_batch_norm",
     "set_quantization",
+    "straight_through",
 ]
 
 # Need torch.ao.quantization, which torch announces to drop.

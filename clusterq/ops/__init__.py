@@ -30,6 +30,7 @@ from clusterq.ops.fake_quant import (
     quantize,
 )
 from clusterq.ops.fake_quant_ranges import finite_range, mse_range, observe_fake_quantize, range_to_qparams
+from clusterq.ops.kmeans import KMeansResult, kmeans
 from clusterq.ops.packing import pack_codes, unpack_codes
 
 load_backends()
@@ -39,6 +40,7 @@ __all__ = [
     "AlignmentTargets",
     "Backend",
     "ClassTargets",
+    "KMeansResult",
     "alignment_loss",
     "assign_and_update_",
     "backends",
@@ -53,6 +55,7 @@ __all__ = [
     "finite_range",
     "instance_statistics",
     "instance_statistics_list",
+    "kmeans",
     "merge_class_statistics",
     "merge_instance_statistics",
     "mse_range",

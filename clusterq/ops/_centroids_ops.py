@@ -44,28 +44,33 @@ nearest_centroid = register_op(
     "nearest_centroid(Tensor x, Tensor centroids, str precision) -> (Tensor, Tensor)",
     reference=reference.nearest_centroid,
     fake=lambda x, centroids, precision: _found(x),
+    triton="centroids:nearest_centroid",
 )
 # index and distance [B, N, 2]: the nearest, then the nearest of the others; -1 and NaN where there is none
 two_nearest_centroids = register_op(
     "two_nearest_centroids(Tensor x, Tensor centroids, str precision) -> (Tensor, Tensor)",
     reference=reference.two_nearest_centroids,
     fake=lambda x, centroids, precision: _found(x, 2),
+    triton="centroids:two_nearest_centroids",
 )
 # [B, N] bool: rows whose two best scores lie too close for the arithmetic of the fast search
 undecided_rows = register_op(
     "undecided_rows(Tensor x, Tensor centroids) -> Tensor",
     reference=reference.undecided_rows,
     fake=lambda x, centroids: x.new_empty(x.shape[:2], dtype=torch.bool),
+    triton="centroids:undecided_rows",
 )
 nearest_centroid_backward = register_op(
     "nearest_centroid_backward(Tensor grad, Tensor x, Tensor centroids, Tensor index) -> (Tensor, Tensor)",
     reference=reference.nearest_centroid_backward,
     fake=_backward_fake,
+    triton="centroids:nearest_centroid_backward",
 )
 centroid_sums = register_op(
     "centroid_sums(Tensor x, Tensor index, Tensor? weights, SymInt clusters, bool deterministic) -> Tensor",
     reference=reference.centroid_sums,
     fake=lambda x, index, weights, clusters, deterministic: _sums(x, clusters),
+    triton="centroids:centroid_sums",
 )
 
 
@@ -79,6 +84,7 @@ assign_and_sum = register_op(
     "(Tensor, Tensor, Tensor)",
     reference=reference.assign_and_sum,
     fake=_assign_and_sum_fake,
+    triton="centroids:assign_and_sum",
 )
 # `update_mode`: torch passes op arguments by keyword next to a `mode` of its own
 move_centroids_ = register_op(
@@ -86,4 +92,5 @@ move_centroids_ = register_op(
     "float decay, str update_mode, float smoothing) -> ()",
     reference=reference.move_centroids_,
     fake=lambda *arguments: None,
+    triton="centroids:move_centroids_",
 )

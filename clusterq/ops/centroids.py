@@ -99,7 +99,7 @@ def _check_update(
         raise ValueError(f"mode is {mode!r}; wanted mean or codebook")
     if running_sum is None:
         if smoothing != 0:
-            raise ValueError(f"smoothing is {smoothing}; without running_sum wanted 0")
+            raise ValueError(f"running_sum is None; wanted a tensor for a smoothing of {smoothing}")
         return
     if mode != "codebook":
         raise ValueError(f"mode is {mode!r}; with running_sum wanted codebook")
@@ -257,7 +257,7 @@ def update_centroids_(
     smoothing: float = 0.0,
     dead_below: float | None = None,
     deterministic: bool = True,
-    group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | None:
     """Moves `centroids` and `cluster_size` in place by an exponential moving average over the rows assigned to each.
 
@@ -283,7 +283,7 @@ def update_centroids_(
         smoothing: Laplace smoothing of the sizes that `running_sum` is divided by; 0 for none.
         dead_below: also return which entries have a `cluster_size` below this.
         deterministic: False allows a GPU to add the rows of a centroid in any order, which can be faster.
-        group: process group whose processes hold different rows and equal centroids: their sums are added by one
+        process_group: group whose processes hold different rows and equal centroids: their sums are added by one
             all_reduce, float64 [B, K, D + 1], so that all move alike.
 
     Returns:
@@ -302,7 +302,7 @@ def update_centroids_(
     sums = op.centroid_sums(
         _batched(x, 3), _batched(index, 2), _batched_weights(weights, x), centroids.shape[-2], bool(deterministic)
     )
-    _move(sums, centroids, cluster_size, running_sum, decay, mode, smoothing, group)
+    _move(sums, centroids, cluster_size, running_sum, decay, mode, smoothing, process_group)
     return None if dead_below is None else cluster_size < dead_below
 
 
@@ -318,7 +318,7 @@ def assign_and_update_(
     smoothing: float = 0.0,
     precision: Precision = "exact",
     deterministic: bool = True,
-    group: ProcessGroup | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`nearest_centroid` followed by `update_centroids_`.
 
@@ -332,5 +332,5 @@ def assign_and_update_(
     index, distance, sums = op.assign_and_sum(
         _batched(x, 3), _batched(centroids, 3), _batched_weights(weights, x), precision, bool(deterministic)
     )
-    _move(sums, centroids, cluster_size, running_sum, decay, mode, smoothing, group)
+    _move(sums, centroids, cluster_size, running_sum, decay, mode, smoothing, process_group)
     return (index, distance) if x.dim() == 3 else (index.squeeze(0), distance.squeeze(0))

@@ -38,17 +38,6 @@ CLUSTERQ_LANES void store_lanes(Half* y, __m512 v, __mmask16 lanes) {
   _mm256_mask_storeu_epi16(y, lanes, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// Whether the CPU rounds float32 to bfloat16 and multiplies pairs of them itself. CLUSTERQ_CPU_BFLOAT16=0 says no.
-inline bool has_avx512_bf16() {
-  static const bool has = [] {
-    const char* wanted = std::getenv("CLUSTERQ_CPU_BFLOAT16");
-    if (wanted != nullptr && std::string(wanted) == "0") return false;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return cpu_level() == CpuLevel::kAvx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
-  }();
-  return has;
-}
-
 }  // namespace
 }  // namespace clusterq
 #endif

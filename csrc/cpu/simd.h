@@ -39,17 +39,33 @@ inline CpuLevel best_cpu_level() {
   return CpuLevel::kDefault;
 }
 
-inline CpuLevel chosen_cpu_level() {
+// Whether the CPU rounds float32 to bfloat16, and multiplies pairs of them, itself.
+inline bool has_bfloat16() {
+#ifdef CLUSTERQ_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return best_cpu_level() == CpuLevel::kAvx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+inline std::string wanted_cpu_level() {
   const char* variable = std::getenv("CLUSTERQ_CPU_CAPABILITY");
-  const std::string wanted = variable == nullptr ? "" : variable;
+  return variable == nullptr ? "" : variable;
+}
+
+inline CpuLevel chosen_cpu_level() {
+  const std::string wanted = wanted_cpu_level();
   const CpuLevel best = best_cpu_level();
   if (wanted.empty()) return best;
-  CLUSTERQ_CHECK(wanted == "default" || wanted == "avx2" || wanted == "avx512", "CLUSTERQ_CPU_CAPABILITY is ", wanted,
-                 "; wanted default, avx2 or avx512");
+  const bool bfloat16 = wanted == "avx512_bf16";
+  CLUSTERQ_CHECK(wanted == "default" || wanted == "avx2" || wanted == "avx512" || bfloat16,
+                 "CLUSTERQ_CPU_CAPABILITY is ", wanted, "; wanted default, avx2, avx512 or avx512_bf16");
   const CpuLevel level = wanted == "default" ? CpuLevel::kDefault
                          : wanted == "avx2"  ? CpuLevel::kAvx2
                                              : CpuLevel::kAvx512;
-  CLUSTERQ_CHECK(level <= best, "CLUSTERQ_CPU_CAPABILITY is ", wanted, ", which this CPU or this build does not offer");
+  CLUSTERQ_CHECK(level <= best && (!bfloat16 || has_bfloat16()), "CLUSTERQ_CPU_CAPABILITY is ", wanted,
+                 ", which this CPU or this build does not offer");
   return level;
 }
 
@@ -58,6 +74,12 @@ inline CpuLevel chosen_cpu_level() {
 inline CpuLevel cpu_level() {
   static const CpuLevel level = chosen_cpu_level();
   return level;
+}
+
+// Whether kernels use what `has_bfloat16` tells of.
+inline bool has_avx512_bf16() {
+  static const bool has = cpu_level() == CpuLevel::kAvx512 && has_bfloat16() && wanted_cpu_level() != "avx512";
+  return has;
 }
 
 template <typename P>
