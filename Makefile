@@ -16,7 +16,7 @@ test: .venv/.installed
 
 # The op suite on the PyTorch reference alone, as on a machine without a compiler.
 test-pure: .venv/.installed
-	CLUSTERQ_BACKEND=reference $(BIN)/pytest tests/test_fake_quant*.py tests/test_bn_stats*.py tests/test_alignment.py tests/test_centroids*.py tests/test_op_*.py tests/test_library.py
+	CLUSTERQ_BACKEND=reference $(BIN)/pytest tests/test_fake_quant*.py tests/test_bn_stats*.py tests/test_alignment.py tests/test_centroids*.py tests/test_kmeans.py tests/test_codebook*.py tests/test_op_*.py tests/test_library.py
 
 # Triton kernels in Triton's interpreter, which has to be chosen before triton is imported.
 test-interpret: .venv/.installed

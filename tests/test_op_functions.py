@@ -193,8 +193,8 @@ LEAVES = STRAIGHT_THROUGH | TRUE_DERIVATIVE
 
 
 def test_every_public_function_is_here_with_every_argument() -> None:
-    # The alignment loss takes layers; test_alignment compiles it, checks its derivative and its arguments. k-means waits
-    # for a number to stop by.
+    # The alignment loss takes layers; test_alignment compiles it, checks its derivative and its arguments. k-means has
+    # to wait for a number to stop by.
     apart = {"Backend", "backends", "Alignment", "AlignmentTargets", "ClassTargets", "alignment_loss"}
     apart |= {"KMeansResult", "kmeans"}
     public = set(ops.__all__) - apart
