@@ -7,7 +7,7 @@
 #   PYTHON            interpreter (default python3)
 #   OUT               folder of logs and figures (default ./gpu_check_out)
 #   SKIP_<STAGE>=1    leaves out a stage: BUILD, TESTS, BENCH, SANITIZE, OFFLINE
-#   SUITES            benches to run (default "fake_quant bn_stats")
+#   SUITES            benches to run (default "fake_quant bn_stats centroids")
 #   JOBS              test processes that share the GPU, where pytest-xdist is installed (default 8)
 # A stage that fails does not keep the next ones from running, except the build; the status is then 1. The logs of the
 # stages are in $OUT.
@@ -79,16 +79,17 @@ tests() {
   for backend in auto triton; do
     echo "-- ${backend}"
     CLUSTERQ_BACKEND=$backend pytest "${parallel[@]}" tests/kernel_cases.py tests/kernel_mask_cases.py \
-      tests/statistics_kernel_cases.py tests/alignment_kernel_cases.py || status=1
-    CLUSTERQ_BACKEND=$backend pytest tests/gpu_cases.py tests/gpu_statistics_cases.py || status=1
+      tests/statistics_kernel_cases.py tests/alignment_kernel_cases.py tests/centroid_kernel_cases.py || status=1
+    CLUSTERQ_BACKEND=$backend pytest tests/gpu_cases.py tests/gpu_statistics_cases.py tests/gpu_centroid_cases.py \
+      || status=1
   done
   # Ways that only the CUDA C++ kernels take.
-  pytest "${parallel[@]}" tests/statistics_cuda_cases.py || status=1
+  pytest "${parallel[@]}" tests/statistics_cuda_cases.py tests/centroid_cuda_cases.py || status=1
   return $status
 }
 
 offline() {
-  CLUSTERQ_TEST_DEVICE=cpu pytest tests/test_cuda_build.py tests/test_kernels_offline.py tests/test_statistics_kernels_offline.py
+  CLUSTERQ_TEST_DEVICE=cpu pytest tests/test_cuda_build.py tests/test_*kernels_offline.py
 }
 
 find_sanitizer() {
@@ -137,8 +138,8 @@ PY
     for check in memcheck racecheck; do
       CLUSTERQ_BACKEND=$backend "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider \
         --import-mode=importlib tests/kernel_cases.py tests/kernel_mask_cases.py tests/statistics_kernel_cases.py \
-        tests/alignment_kernel_cases.py \
-        -k "(values_and_gradients or mask_and_its_backward or finite_range or weights_together or errors_of_candidates \
+        tests/alignment_kernel_cases.py tests/centroid_kernel_cases.py \
+        -k "(values_and_gradients or mask_and_its_backward or finite_range or weights_together or errors_of_candidates or copies_across_tiles or test_sums \
             or codes_and_back) and (dtype0 or dtype1) or many_programs or several_tiles or packing \
             or without_a_slope or many_classes or empty_dimensions or every_option or rows_with_strides" \
         >"${logs}/${backend}.${check}" 2>&1 &
@@ -156,7 +157,7 @@ PY
 
 bench() {
   local suite status=0
-  for suite in ${SUITES:-fake_quant bn_stats}; do
+  for suite in ${SUITES:-fake_quant bn_stats centroids}; do
     "$PYTHON" "bench/gpu_${suite}.py" --json "${OUT}/${suite}.json" || status=1
   done
   return $status

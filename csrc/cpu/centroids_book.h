@@ -114,7 +114,9 @@ class Book {
     plain_.score_row(x, values_, centre_.data(), offset_.data(), clusters_, dim_, scores.data());
     const Bound plain = bound(false, true);
     const auto error = [&](int64_t k) {
-      return plain.sums * (row_norm * norm_[k] - offset_[k]) + plain.underflow(row_norm);
+      const double apart = row_norm + norm_[k];
+      return plain.sums * (row_norm * norm_[k] - offset_[k]) + (dim_ + 3) * 0x1p-53 * apart * apart +
+             plain.underflow(row_norm);
     };
     double reach[2] = {-std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
     const auto usable = [&](int64_t k) { return offset_[k] > -std::numeric_limits<float>::infinity(); };

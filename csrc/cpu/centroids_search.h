@@ -73,8 +73,10 @@ struct Bound {
     const float lost_norm = lost > 0 ? norm_of(row_lost) : 0.0f, c = static_cast<float>(norm),
                 h = static_cast<float>(half);
     const float most = row_norm * c + h;
+    const float apart = row_norm + c, wide = static_cast<float>(dim + 3) * 0x1p-53f;
     const float error = lost_norm * c + (row_norm + lost_norm) * static_cast<float>(lost) +
-                        static_cast<float>(sums) * most + static_cast<float>(underflow(row_norm));
+                        static_cast<float>(sums) * most + wide * apart * apart +
+                        static_cast<float>(underflow(row_norm));
     const bool scored = most < static_cast<float>(kLargest) && row_norm < static_cast<float>(kLargest);
     return scored ? 2.0001f * error : __builtin_inff();
   }
