@@ -13,6 +13,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
+from test_centroids_cuda_code import SOURCES as CENTROIDS
 from test_cuda_build import ARCHITECTURES, ROOT, assert_wide, compiled_all
 from test_statistics_cuda_code import SOURCES as STATISTICS
 
@@ -59,7 +60,7 @@ def code(request, tmp_path_factory):
 
 def test_every_source_is_read():
     found = {path.name for path in ROOT.glob("csrc/cuda/*.cu")}
-    assert found == {*SOURCES, *STATISTICS, "fake_quant.cu", "fake_quant_mask.cu"}
+    assert found == {*SOURCES, *STATISTICS, *CENTROIDS, "fake_quant.cu", "fake_quant_mask.cu"}
 
 
 def test_nothing_spills(code):

@@ -32,9 +32,7 @@ for name in sys.argv[2:]:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"clusterq::{name}", "CPU"):
         print(name)
 """
-# Ops that have no CUDA kernel.
-MISSING = ("nearest_centroid", "nearest_centroid_backward", "update_centroids_", "assign_and_update_")
-FAMILY = sorted(name for name in OP_CASES if name not in MISSING)
+FAMILY = sorted(OP_CASES)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +79,7 @@ def run(*command: str) -> str:
 
 
 def test_every_op_is_emulated(library: str) -> None:
-    assert run(OPS, library, *FAMILY).split() == FAMILY and len(FAMILY) == 27
+    assert run(OPS, library, *FAMILY).split() == FAMILY and len(FAMILY) == 34
 
 
 @pytest.mark.parametrize(
@@ -92,6 +90,8 @@ def test_every_op_is_emulated(library: str) -> None:
         ("statistics_kernel_cases.py", 350),
         ("statistics_cuda_cases.py", 150),
         ("alignment_kernel_cases.py", 50),
+        ("centroid_kernel_cases.py", 200),
+        ("centroid_cuda_cases.py", 150),
     ],
 )
 def test_kernels_on_emulated_threads(library: str, name: str, least: int) -> None:

@@ -13,7 +13,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize(("name", "least"), [("cuda_indexing", 1_000_000), ("statistics_plans", 1_000_000)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("cuda_indexing", 1_000_000), ("statistics_plans", 1_000_000), ("centroid_plans", 150_000)]
+)
 def test_index_arithmetic_and_formulas(name: str, least: int, tmp_path: Path) -> None:
     compiler = next(filter(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++")), None)
     if compiler is None:

@@ -21,7 +21,8 @@ PYBIND11_MODULE(_C_cuda, module) {
     pybind11::list names;
     for (const auto& list :
          {clusterq::fake_quant_ops(), clusterq::fake_quant_range_ops(), clusterq::fake_quant_weight_ops(),
-          clusterq::bn_stats_ops(), clusterq::bn_stats_backward_ops(), clusterq::alignment_ops()})
+          clusterq::bn_stats_ops(), clusterq::bn_stats_backward_ops(), clusterq::alignment_ops(),
+          clusterq::centroid_ops(), clusterq::centroid_update_ops()})
       for (const std::string& name : list) names.append(name);
     return names;
   });

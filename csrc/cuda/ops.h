@@ -12,5 +12,7 @@ std::vector<std::string> fake_quant_weight_ops();
 std::vector<std::string> bn_stats_ops();
 std::vector<std::string> bn_stats_backward_ops();
 std::vector<std::string> alignment_ops();
+std::vector<std::string> centroid_ops();
+std::vector<std::string> centroid_update_ops();
 
 }  // namespace clusterq

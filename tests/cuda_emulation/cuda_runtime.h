@@ -54,6 +54,7 @@ T exchange(T value, int source) {
 #define gridDim (::emulation::grid_size)
 
 inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncwarp() { emulation::warp_barrier(); }
 inline void __threadfence() {}
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
@@ -78,6 +79,12 @@ inline unsigned __ballot_sync(unsigned mask, int flag) {
   return bits;
 }
 template <typename T>
+unsigned __match_any_sync(unsigned, T value) {
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane) same |= (emulation::exchange(value, lane) == value ? 1u : 0u) << lane;
+  return same;
+}
+template <typename T>
 T atomicMax(T* at, T value) {
   const T before = *at;
   *at = std::max(before, value);
@@ -96,6 +103,7 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline double rsqrt(double v) { return 1.0 / std::sqrt(v); }
