@@ -136,3 +136,33 @@ class alignment:
         merged_mean: Tensor | None,
         merged_var: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+class centroids:
+    @staticmethod
+    def nearest_centroid(x: Tensor, centroids: Tensor, precision: str) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def two_nearest_centroids(x: Tensor, centroids: Tensor, precision: str) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def undecided_rows(x: Tensor, centroids: Tensor) -> Tensor: ...
+    @staticmethod
+    def nearest_centroid_backward(
+        grad: Tensor, x: Tensor, centroids: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def centroid_sums(
+        x: Tensor, index: Tensor, weights: Tensor | None, clusters: int, deterministic: bool
+    ) -> Tensor: ...
+    @staticmethod
+    def assign_and_sum(
+        x: Tensor, centroids: Tensor, weights: Tensor | None, precision: str, deterministic: bool
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    @staticmethod
+    def move_centroids_(
+        centroids: Tensor,
+        cluster_size: Tensor,
+        running_sum: Tensor | None,
+        sums: Tensor,
+        decay: float,
+        update_mode: str,
+        smoothing: float,
+    ) -> None: ...
