@@ -276,21 +276,24 @@ void scan(const Job& job, const Panels& book, const float* x, int64_t stride, in
     score(book, centred, scores, length, highest);
     for (int64_t r = 0; r < group; r++) {
       Row& row = rows[n + r];
-      if (row.count >= 0) {
-        const float* own = scores + r * length;
-        float top = largest(highest[r]);
-        if (job.wanted == 2) {
-          highest_two(own, length, row.best, row.second);
-        } else {
-          row.best = top > row.best ? top : row.best;
-        }
-        const float least = (job.wanted == 2 ? row.second : row.best) - row.reach;
-        // -inf marks padding and what cannot win
-        if (top >= least && row.count != kOverflow) select(own, length, first, least > -3e38f ? least : -3e38f, row);
+      if (row.count == kMeasure) continue;
+      const float* own = scores + r * length;
+      const float top = largest(highest[r]);
+      if (job.wanted == 2) {
+        highest_two(own, length, row.best, row.second);
+      } else {
+        row.best = top > row.best ? top : row.best;
       }
-      if (!last) continue;
+      const float least = (job.wanted == 2 ? row.second : row.best) - row.reach;
+      // -inf marks padding and what cannot win
+      if (top >= least && row.count != kOverflow) select(own, length, first, least > -3e38f ? least : -3e38f, row);
+    }
+    if (!last) continue;
+    for (int64_t r = 0; r < group; r++) {
+      Row& row = rows[n + r];
       const float* point = x + (n + r) * stride;
-      if (row.count > 1 && job.wanted == 1) row.keep(row.best - row.reach);
+      // candidates of earlier panels
+      if (first > 0 && row.count > 1 && job.wanted == 1) row.keep(row.best - row.reach);
       if (!job.simple || row.count < 1 || row.count > kRoom || !decide(job, point, dim, row, n + r, output)) {
         job.decide(job.context, point, row, n + r);
       }
