@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,28 +46,39 @@ def prepared(seed: int) -> tuple[Tensor, ...]:
     return (x.requires_grad_(), grad, scale.requires_grad_(), *rest)
 
 
-def test_no_call_waits_for_the_device() -> None:
-    arguments = prepared(0)
+def call_without_waiting(call: Callable[[], object]) -> None:
+    """Raises where a call, not the first one, waits for the device."""
     # Kernels are loaded and compiled by the first call.
-    step(*arguments)
+    call()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(*arguments)
+        call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_captured_and_replayed_with_other_input() -> None:
-    fixed = prepared(0)
+def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """The graph of a call, and the results that every replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            step(*fixed)
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step(*fixed)
+        captured = call()
+    return graph, captured
+
+
+def test_no_call_waits_for_the_device() -> None:
+    arguments = prepared(0)
+    call_without_waiting(lambda: step(*arguments))
+
+
+def test_captured_and_replayed_with_other_input() -> None:
+    fixed = prepared(0)
+    graph, captured = capture(lambda: step(*fixed))
     for seed in (1, 2):
         with torch.no_grad():
             for target, source in zip(fixed, inputs(seed), strict=True):

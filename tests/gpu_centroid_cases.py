@@ -12,7 +12,7 @@ from torch import Tensor
 from clusterq import ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from gpu_cases import CUDA
+from gpu_cases import CUDA, call_without_waiting, capture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -47,26 +47,12 @@ def step(x: Tensor, centroids: Tensor, weights: Tensor) -> list[Tensor]:
 
 def test_no_call_waits_for_the_device() -> None:
     arguments = inputs(0)
-    # Kernels are loaded and compiled by the first call.
-    step(*arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    call_without_waiting(lambda: step(*arguments))
 
 
 def test_captured_and_replayed_with_other_input() -> None:
     fixed = inputs(0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(*fixed)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(*fixed)
+    graph, captured = capture(lambda: step(*fixed))
     for seed in (1, 2):
         for target, source in zip(fixed, inputs(seed), strict=True):
             target.copy_(source)

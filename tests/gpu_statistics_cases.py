@@ -12,7 +12,7 @@ from torch import Tensor
 from clusterq import ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from gpu_cases import CUDA
+from gpu_cases import CUDA, call_without_waiting, capture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CHANNELS = (16, 32)
@@ -63,26 +63,12 @@ def prepared(seed: int) -> tuple[Tensor, ...]:
 
 def test_no_call_waits_for_the_device() -> None:
     fit, arguments = targets(), prepared(0)
-    # Kernels are loaded and compiled by the first call.
-    step(fit, *arguments)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(fit, *arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    call_without_waiting(lambda: step(fit, *arguments))
 
 
 def test_captured_and_replayed_with_other_input() -> None:
     fit, fixed = targets(), prepared(0)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(fit, *fixed)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(fit, *fixed)
+    graph, captured = capture(lambda: step(fit, *fixed))
     for seed in (1, 2):
         with torch.no_grad():
             for target, source in zip(fixed, inputs(seed), strict=True):

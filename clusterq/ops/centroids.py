@@ -127,16 +127,11 @@ class _NearestCentroid(torch.autograd.Function):
         return (*_backward(grad, *ctx.saved_tensors), None)
 
 
-class _TwoNearestCentroids(torch.autograd.Function):
+class _TwoNearestCentroids(_NearestCentroid):
     @staticmethod
     def forward(x: Tensor, centroids: Tensor, precision: str) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = op.two_nearest_centroids(x, centroids, precision)
         return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[0])
-        ctx.save_for_backward(*inputs[:2], output[0])
 
     @staticmethod
     def backward(ctx: Any, grad_index: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor, None]:
