@@ -3,8 +3,11 @@ PYTHON ?= python3
 # Any requirement pip understands, such as TORCH="torch==2.13.0".
 TORCH ?= torch torchvision
 OLD_TORCH ?= torch==2.13.0
+# Test processes at a time, of one thread each: most tests are small. The tests of one file stay together.
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
 .PHONY: demo test test-pure test-interpret test-old-torch lint format bench build clean
 
@@ -12,11 +15,11 @@ demo: .venv/.installed
 	$(BIN)/clusterq demo --output runs/demo
 
 test: .venv/.installed
-	$(BIN)/pytest
+	$(PYTEST)
 
 # The op suite on the PyTorch reference alone, as on a machine without a compiler.
 test-pure: .venv/.installed
-	CLUSTERQ_BACKEND=reference $(BIN)/pytest tests/test_fake_quant*.py tests/test_bn_stats*.py tests/test_alignment.py tests/test_centroids*.py tests/test_kmeans.py tests/test_codebook*.py tests/test_op_*.py tests/test_library.py
+	CLUSTERQ_BACKEND=reference $(PYTEST) tests/test_fake_quant*.py tests/test_bn_stats*.py tests/test_alignment.py tests/test_centroids*.py tests/test_kmeans.py tests/test_codebook*.py tests/test_op_*.py tests/test_library.py
 
 # Triton kernels in Triton's interpreter, which has to be chosen before triton is imported.
 test-interpret: .venv/.installed

@@ -244,7 +244,7 @@ def test_arguments_of_any_stride(name, case, dtype, layout, poisoned):
         got, want = getattr(fq, name)(*ours), op.reference(*theirs)
         if name == "fake_quantize_weights":
             got, want = ((*r[0], *r[1:]) for r in (got, want))
-        got, want = ((r,) if isinstance(r, torch.Tensor) else r for r in (got, want))
+        got, want = ((r,) if isinstance(r, torch.Tensor) else r or () for r in (got, want))
         exact = EXACT.get(name, len(want))
         same(got[:exact], want[:exact], signs=False)
         torch.testing.assert_close(got[exact:], want[exact:], equal_nan=True)

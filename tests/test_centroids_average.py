@@ -67,6 +67,8 @@ def test_dead_entries_are_reported():
     dead = ops.update_centroids_(centroids, size, torch.randn(2, 2, 4), index, 0.5, dead_below=1.0)
     torch.testing.assert_close(size, torch.tensor([[1.5, 0.1, 1.5], [1.0, 4.0, 0.25]]))
     assert torch.equal(dead, torch.tensor([[False, True, False], [False, False, True]]))
+    index, _, dead = ops.assign_and_update_(centroids, size, torch.zeros(2, 0, 4), 0.5, dead_below=1.0)
+    assert torch.equal(dead, torch.tensor([[True, True, True], [True, False, True]])) and index.shape == (2, 0)
 
 
 def test_any_order_gives_the_same_to_rounding():

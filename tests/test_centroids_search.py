@@ -65,6 +65,28 @@ def test_two_nearest_of_copies_and_special_values(dtype):
     check_two(x, torch.cat([torch.full((2, 12), INF).to(dtype), centroids[1:2]]))
 
 
+def test_second_of_equal_distances_has_the_lower_index():
+    """Centroids 0, 8 and 16 share a lane of the float64 search; the first two are equally far from the origin."""
+    for dtype in (torch.float32, torch.float64):
+        centroids = torch.full((24, 64), 9.0, dtype=dtype)
+        centroids[[0, 8, 16]] = 0
+        centroids[0, 0], centroids[8, 0], centroids[16, 0] = 5, -5, 3
+        index, _ = ops.two_nearest_centroids(torch.zeros(40, 64, dtype=dtype), centroids)
+        assert torch.equal(index, torch.tensor([16, 0]).expand(40, 2))
+    grid = torch.cartesian_prod(*[torch.arange(3.0)] * 4).double()
+    check_two(grid + 0.5, grid[torch.randperm(len(grid))])
+
+
+def test_fast_over_many_panels_of_ties():
+    """More equal scores than are kept, and a better one in panels that come later."""
+    for dim, clusters, place in ((16, 8192, 6000), (4, 9000, 8999)):
+        signs = 2.0 * torch.randint(0, 2, (clusters, dim)) - 1
+        signs[place] *= 0.25
+        index, distance = ops.nearest_centroid(torch.zeros(30, dim), signs, precision="fast")
+        assert torch.equal(index, torch.full((30,), place))
+        torch.testing.assert_close(distance, torch.full((30,), dim / 16.0))
+
+
 def test_two_nearest_batched_and_empty():
     x, centroids = torch.randn(4, 9, 5), torch.randn(4, 6, 5)
     index, distance = ops.two_nearest_centroids(x, centroids)
@@ -149,6 +171,17 @@ def check_shortcuts():
         check_exact(torch.cat([x, centroids + 0.1]), centroids)
     centroids[2] = 3e38
     check_exact(x, centroids)
+    # norms whose square overflows float32: few centroids, several of them, more than are set apart; rows near them
+    for clusters, far in ((4, 1), (8, 3), (40, 5), (40, 20)):
+        for size in (2e19, 2.65e19, 3.4e38):
+            x, centroids = torch.randn(200, 9), torch.randn(clusters, 9)
+            centroids[:far, 3] = size * torch.linspace(0.9, 1, far)
+            check_exact(x, centroids)
+            near = torch.cat([x[:60], centroids * 0.7])
+            check_exact(near, centroids)
+            check_two(near, centroids)
+            # enough rows and numbers for the search proper
+            check_exact(torch.cat([x] * 12), centroids)
     # panels that come from beyond the cache, packed again for every block of rows
     x, centroids = torch.randn(2100, 256), torch.randn(1100, 256)
     check_exact(x, centroids)

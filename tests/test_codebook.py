@@ -353,6 +353,12 @@ def test_copies_and_files() -> None:
             r"mask has shape \(2, 4\)",
             lambda: EMACodebook(D, K)(torch.ones(2, 5, D), mask=torch.ones(2, 4) > 0),
         ),
+        # of as many rows, but not theirs
+        (
+            ValueError,
+            r"mask has shape \(5, 2\)",
+            lambda: EMACodebook(D, K)(torch.ones(2, 5, D), mask=torch.ones(5, 2) > 0),
+        ),
         (ValueError, "topk is given", lambda: EMACodebook(D, K)(torch.ones(5, D), topk=2)),
         (ValueError, "accum_ema_update is given", lambda: EMACodebook(D, K)(torch.ones(5, D), accum_ema_update=True)),
         (

@@ -312,6 +312,7 @@ X = torch.randn(10, 3)
         (ValueError, "k is 11; wanted at most N = 10", {"k": 11}),
         (ValueError, "init is 'random'", {"init": "random"}),
         (ValueError, r"init has shape \(3, 3\)", {"init": X[:3]}),
+        (ValueError, "init has values", {"k": 2, "init": torch.full((2, 3), NAN)}),
         (TypeError, "init has dtype torch.int64", {"init": X[:2].long()}),
         (ValueError, "sample_weight has shape", {"sample_weight": torch.ones(9)}),
         (

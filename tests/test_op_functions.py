@@ -56,6 +56,7 @@ def average(n: int, dtype: torch.dtype) -> Arguments:
         "mode": "codebook",
         "running_sum": values((n + 3, 4), torch.promote_types(dtype, torch.float32), 2),
         "smoothing": 1e-3,
+        "dead_below": None,
         "deterministic": True,
         "process_group": None,
     }
@@ -153,9 +154,7 @@ FUNCTIONS: dict[str, Callable[[int, torch.dtype], Arguments]] = {
     "nearest_centroid": search,
     "two_nearest_centroids": search,
     "undecided_rows": lambda n, dtype: {name: search(n, dtype)[name] for name in ("x", "centroids")},
-    "update_centroids_": lambda n, dtype: (
-        average(n, dtype) | {"index": torch.arange(5 * n) % (n + 3), "dead_below": None}
-    ),
+    "update_centroids_": lambda n, dtype: average(n, dtype) | {"index": torch.arange(5 * n) % (n + 3)},
     "assign_and_update_": lambda n, dtype: average(n, dtype) | {"precision": "exact"},
 }
 # What a gradient flows to; a straight-through estimator is no derivative and is checked in test_fake_quant_gradients.

@@ -220,7 +220,7 @@ class EMACodebook(nn.Module):
             if value is not None:
                 raise ValueError(f"{name} is given; EMACodebook does not support it")
         rows = self._rows(x)
-        weights = self._weights(mask, rows)
+        weights = self._weights(mask, x, rows)
         with torch.no_grad():
             if not self._ready:
                 self.init_embed_(rows, None if weights is None else weights > 0)
@@ -308,7 +308,7 @@ class EMACodebook(nn.Module):
             embed_ind: int64, shape of x without D; rows with -1 are left out.
         """
         rows = self._rows(x)
-        weights = self._weights(mask, rows)
+        weights = self._weights(mask, x, rows)
         if not self.ema_update and not self.has_dead_code_replacement:
             return
         index = embed_ind.reshape(rows.shape[:2])
@@ -352,14 +352,16 @@ class EMACodebook(nn.Module):
         rows = rows.flatten(1, -2)
         return rows.float() if rows.dtype == torch.float64 else rows
 
-    def _weights(self, mask: Tensor | None, rows: Tensor) -> Tensor | None:
-        """[H, N] float32, 0 where masked."""
+    def _weights(self, mask: Tensor | None, x: Tensor, rows: Tensor) -> Tensor | None:
+        """[H, N] float32, 0 where masked; `rows` are those of x."""
         if mask is None:
             return None
         check_tensor("mask", mask, (torch.bool,))
         count = rows.shape[1]
         heads = count // max(1, mask.numel())
-        if mask.dim() not in (1, 2) or heads * mask.numel() != count:
+        # n: the last dimension of rows, or several of them
+        lengths = [math.prod(x.shape[first:-1]) for first in range(x.dim() - 1)]
+        if mask.dim() not in (1, 2) or heads * mask.numel() != count or mask.shape[-1] not in lengths:
             raise ValueError(f"mask has shape {tuple(mask.shape)}; wanted [b, n] or [n], with rows for {count} of x")
         heads_apart = mask.unsqueeze(-2).expand(*mask.shape[:-1], heads, mask.shape[-1])
         return heads_apart.reshape(1, count).expand(rows.shape[0], count).float()

@@ -311,21 +311,25 @@ def assign_and_update_(
     mode: Mode = "mean",
     running_sum: Tensor | None = None,
     smoothing: float = 0.0,
+    dead_below: float | None = None,
     precision: Precision = "exact",
     deterministic: bool = True,
     process_group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`nearest_centroid` followed by `update_centroids_`.
 
     Arguments, formulas and errors are those of the two functions; no gradient flows.
 
     Returns:
-        index, distance: as `nearest_centroid(x, centroids)` gives them for the centroids before the update.
+        index, distance: as `nearest_centroid(x, centroids)` gives them for the centroids before the update; with
+            `dead_below` also what `update_centroids_` returns.
     """
     _check_pair(x, centroids, precision)
-    _check_update(centroids, cluster_size, x, decay, weights, mode, running_sum, smoothing, None)
+    _check_update(centroids, cluster_size, x, decay, weights, mode, running_sum, smoothing, dead_below)
     index, distance, sums = op.assign_and_sum(
         _batched(x, 3), _batched(centroids, 3), _batched_weights(weights, x), precision, bool(deterministic)
     )
     _move(sums, centroids, cluster_size, running_sum, decay, mode, smoothing, process_group)
-    return (index, distance) if x.dim() == 3 else (index.squeeze(0), distance.squeeze(0))
+    if x.dim() == 2:
+        index, distance = index.squeeze(0), distance.squeeze(0)
+    return (index, distance) if dead_below is None else (index, distance, cluster_size < dead_below)

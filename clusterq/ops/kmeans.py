@@ -35,7 +35,7 @@ from clusterq.ops.centroids import Precision
 __all__ = ["KMeansResult", "kmeans"]
 
 # What the host learns from the one number it reads per iteration.
-_FINISHED, _EMPTY, _NO_ROWS, _BAD_WEIGHTS = 1, 2, 4, 8
+_FINISHED, _EMPTY, _NO_ROWS, _BAD_WEIGHTS, _BAD_START = 1, 2, 4, 8, 16
 
 
 class KMeansResult(NamedTuple):
@@ -109,8 +109,12 @@ def kmeans(
         else:
             centers = plus_plus_start(rows, weights, k, generator).to(compute_dtype(x.dtype))
         allowed = tol * _mean_variance(rows, valid) if tol > 0 else valid.new_zeros(rows.shape[0], dtype=torch.float64)
-        bad = valid.new_zeros(()) if given is None else ((given < 0) | ~torch.isfinite(given)).any()
-        result = _lloyd(rows, weights, centers, valid, allowed, bad, max_iter, precision)
+        wrong = valid.new_zeros((), dtype=torch.int64)
+        if given is not None:
+            wrong = wrong + ((given < 0) | ~torch.isfinite(given)).any() * _BAD_WEIGHTS
+        if isinstance(init, Tensor):
+            wrong = wrong + (~torch.isfinite(centers)).any() * _BAD_START
+        result = _lloyd(rows, weights, centers, valid, allowed, wrong, max_iter, precision)
     return result if batched else KMeansResult(*(field.squeeze(0) for field in result))
 
 
@@ -155,7 +159,7 @@ def _lloyd(
     centers: Tensor,
     valid: Tensor,
     allowed: Tensor,
-    bad_weights: Tensor,
+    wrong: Tensor,
     max_iter: int,
     precision: str,
 ) -> KMeansResult:
@@ -182,10 +186,12 @@ def _lloyd(
         empty = ((count[..., 0] <= 0) & ~done[:, None]).any()
         state = done.all() * _FINISHED + empty * _EMPTY
         if i == 0:
-            state = state + (weights <= 0).all(-1).any() * _NO_ROWS + bad_weights * _BAD_WEIGHTS
+            state = state + (weights <= 0).all(-1).any() * _NO_ROWS + wrong
         seen = int(state)
         if seen & _BAD_WEIGHTS:
             raise ValueError("sample_weight has values that are negative or not finite; wanted 0 or more")
+        if seen & _BAD_START:
+            raise ValueError("init has values that are not finite; wanted finite centres")
         if seen & _NO_ROWS:
             raise ValueError("x has no row to cluster: all have a NaN, an infinity or weight 0")
         if seen & _FINISHED:

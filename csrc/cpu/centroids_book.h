@@ -82,7 +82,8 @@ class Book {
     bound.half = largest_half_;
     if (pairs) bound.lost = std::max(largest_lost_, std::numeric_limits<double>::min());
     // No score to go by, or too many terms for the slack in the bound: measure every row in float64.
-    bound.norm = any_ && dim_ <= kLargestDim ? largest_norm_ : std::numeric_limits<double>::infinity();
+    const bool scored = any_ && !unbounded_ && dim_ <= kLargestDim;
+    bound.norm = scored ? largest_norm_ : std::numeric_limits<double>::infinity();
     return bound;
   }
 
@@ -217,24 +218,32 @@ class Book {
     lost_[k] = static_cast<float>(std::sqrt(size.lost) * (1 + 1e-6));
   }
 
-  // A few centroids far out would widen the bound for all: they stay out of the panels and are measured where they may
-  // matter.
+  // A few centroids far out would widen the bound for all, and such with scores that overflow float32 would have none:
+  // they stay out of the panels and are measured where they may matter.
   void set_apart() {
-    constexpr int64_t kMost = 4;
-    if (clusters_ <= 2 * kMost) return;
-    std::vector<int64_t> order(clusters_);
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::partial_sort(order.begin(), order.begin() + kMost + 1, order.end(),
-                      [&](int64_t a, int64_t b) { return norm_[a] != norm_[b] ? norm_[a] > norm_[b] : a < b; });
-    for (int64_t i = 0; i < kMost; i++) {
-      const int64_t k = order[i];
-      // a norm that is too large for float32 too
-      if (loses_[k] || !(norm_[k] > 4 * norm_[order[kMost]])) break;
-      apart_.push_back(k);
+    constexpr int64_t kMost = 4, kMostHuge = 16;
+    const auto huge = [&](int64_t k) {
+      return !loses_[k] && !(0.5 * static_cast<double>(norm_[k]) * norm_[k] < kLargest);
+    };
+    for (int64_t k = 0; k < clusters_; k++) {
+      if (huge(k)) apart_.push_back(k);
+    }
+    if (static_cast<int64_t>(apart_.size()) > kMostHuge) {
+      unbounded_ = true;
+      return;
+    }
+    if (apart_.empty() && clusters_ > 2 * kMost) {
+      std::vector<int64_t> order(clusters_);
+      std::iota(order.begin(), order.end(), int64_t{0});
+      std::partial_sort(order.begin(), order.begin() + kMost + 1, order.end(),
+                        [&](int64_t a, int64_t b) { return norm_[a] != norm_[b] ? norm_[a] > norm_[b] : a < b; });
+      for (int64_t i = 0; i < kMost && norm_[order[i]] > 4 * norm_[order[kMost]]; i++) apart_.push_back(order[i]);
+      std::sort(apart_.begin(), apart_.end());
+    }
+    for (const int64_t k : apart_) {
       loses_[k] = 1;
       offset_[k] = -std::numeric_limits<float>::infinity();
     }
-    std::sort(apart_.begin(), apart_.end());
   }
 
   const Level &plain_, &level_;
@@ -244,7 +253,7 @@ class Book {
   std::vector<float> offset_, norm_, lost_, centre_;
   std::vector<int64_t> apart_;
   double largest_norm_ = 0, largest_half_ = 0, largest_lost_ = 0;
-  bool any_ = false;
+  bool any_ = false, unbounded_ = false;
 };
 
 }  // namespace centroids

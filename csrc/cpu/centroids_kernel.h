@@ -253,11 +253,22 @@ CLUSTERQ_INLINE bool decide(const Job& job, const float* x, int64_t dim, const R
   return true;
 }
 
-// `count` rows, `stride` floats apart, against the panels, whose first centroid is number `first` of all. Starts the
-// states where first is 0; in the last call decides rows with one candidate and hands the others to `job.decide`.
-// Memory: operands kMostRows * (dim + 16) floats, scores kMostRows * (clusters / 2 + kMostWidth).
-void scan(const Job& job, const Panels& book, const float* x, int64_t stride, int64_t count, int64_t first, bool last,
-          void* operands, float* scores, Row* rows, const Output& output) {
+template <class T>
+void widen(const void* source, int64_t step, int64_t count, float* target) {
+  const T* typed = static_cast<const T*>(source);
+  if (step == 1) {
+    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d]);
+  } else {
+    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d * step]);
+  }
+}
+
+// `count` rows against the panels, whose first centroid is number `first` of all. Starts the states where first is 0;
+// in the last call decides rows with one candidate and hands the others to `job.decide`. Memory: operands kMostRows *
+// (dim + 16) floats, scores kMostRows * (clusters / 2 + kMostWidth), wide kMostRows * dim where rows are not floats
+// side by side.
+void scan(const Job& job, const Panels& book, const Points& points, int64_t count, int64_t first, bool last,
+          void* operands, float* scores, float* wide, Row* rows, const Output& output) {
   const int64_t dim = book.dim, depth = depth_of(dim);
   // a score for every two centroids
   const int64_t length = (book.clusters + kWidth - 1) / kWidth * kLanes;
@@ -265,8 +276,19 @@ void scan(const Job& job, const Panels& book, const float* x, int64_t stride, in
   Floats highest[kRows];
   for (int64_t n = 0; n < count; n += kRows) {
     const int64_t group = count - n < kRows ? count - n : kRows;
+    const float* x = reinterpret_cast<const float*>(points.row(n));
+    int64_t stride = points.row_stride;
+    if (!points.direct()) {
+      for (int64_t r = 0; r < group; r++) {
+        const void* row = points.row(n + r);
+        if (points.dtype == ScalarType::BFloat16) widen<BFloat16>(row, points.stride, dim, wide + r * dim);
+        if (points.dtype == ScalarType::Half) widen<Half>(row, points.stride, dim, wide + r * dim);
+        if (points.dtype == ScalarType::Float) widen<float>(row, points.stride, dim, wide + r * dim);
+      }
+      x = wide, stride = dim;
+    }
     Size sizes[kRows] = {};
-    for (int64_t r = 0; r < group; r++) sizes[r] = centre(x + (n + r) * stride, job.origin, dim, centred + r * depth);
+    for (int64_t r = 0; r < group; r++) sizes[r] = centre(x + r * stride, job.origin, dim, centred + r * depth);
     if (first == 0) {
       float norm[kRows], reach[kRows];
       for (int r = 0; r < kRows; r++) norm[r] = job.bound.norm_of(sizes[r].squares);
@@ -278,20 +300,22 @@ void scan(const Job& job, const Panels& book, const float* x, int64_t stride, in
       Row& row = rows[n + r];
       if (row.count == kMeasure) continue;
       const float* own = scores + r * length;
-      const float top = largest(highest[r]);
+      const float top = largest(highest[r]), before = row.best;
       if (job.wanted == 2) {
         highest_two(own, length, row.best, row.second);
       } else {
         row.best = top > row.best ? top : row.best;
       }
       const float least = (job.wanted == 2 ? row.second : row.best) - row.reach;
+      // none of the earlier ones is a candidate any more
+      if (row.count == kOverflow && least > before) row.count = 0;
       // -inf marks padding and what cannot win
       if (top >= least && row.count != kOverflow) select(own, length, first, least > -3e38f ? least : -3e38f, row);
     }
     if (!last) continue;
     for (int64_t r = 0; r < group; r++) {
       Row& row = rows[n + r];
-      const float* point = x + (n + r) * stride;
+      const float* point = x + r * stride;
       // candidates of earlier panels
       if (first > 0 && row.count > 1 && job.wanted == 1) row.keep(row.best - row.reach);
       if (!job.simple || row.count < 1 || row.count > kRoom || !decide(job, point, dim, row, n + r, output)) {
@@ -317,16 +341,6 @@ void score_row(const float* row, const float* values, const float* origin, const
     for (; d < dim; d++) total += (row[d] - origin[d]) * (other[d] - origin[d]);
     for (int j = 0; j < kLanes; j++) total += lanes[j];
     scores[k] = total;
-  }
-}
-
-template <class T>
-void widen(const void* source, int64_t step, int64_t count, float* target) {
-  const T* typed = static_cast<const T*>(source);
-  if (step == 1) {
-    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d]);
-  } else {
-    for (int64_t d = 0; d < count; d++) target[d] = clusterq::load<float>(typed[d * step]);
   }
 }
 
@@ -356,7 +370,9 @@ void search_double(const double* const rows[4], int64_t dim, const double* panel
       if (wanted == 2) {
         const Doubles8 rest = better ? best[r] : sum[r];
         const Longs8 name = better ? id[r] : number;
-        const Longs8 next = (rest < second[r]) | ((other[r] < 0) & (name >= 0) & (rest == rest));
+        // who was first is second, also before one of equal distance and higher index
+        const Longs8 closer = (rest < second[r]) | ((other[r] < 0) & (rest == rest));
+        const Longs8 next = (better & (id[r] >= 0)) | (~better & closer);
         second[r] = next ? rest : second[r];
         other[r] = next ? name : other[r];
       }

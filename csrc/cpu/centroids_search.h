@@ -27,6 +27,16 @@ constexpr double kUnit = 0x1p-24;
 constexpr double kLargest = 1e37;
 constexpr int64_t kLargestDim = 1 << 18;
 
+// Rows [N, D] of one batch entry as they lie in memory, strides in elements.
+struct Points {
+  const char* data;
+  ScalarType dtype;
+  int64_t element, row_stride, stride;
+
+  CLUSTERQ_INLINE const char* row(int64_t n) const { return data + n * row_stride * element; }
+  CLUSTERQ_INLINE bool direct() const { return dtype == ScalarType::Float && stride == 1; }
+};
+
 // Panels of centroids as the inner loops read them.
 struct Panels {
   int64_t clusters, dim;
@@ -58,9 +68,6 @@ struct Bound {
     const double steps = static_cast<double>(dim + 10) * kUnit * (pairs ? 2 : 1);
     return {1.01 * steps / (1 - steps), 0, 0, 0, dim, exact, 1 + 16 * static_cast<double>(dim + 8) * 0x1p-53};
   }
-
-  // Bound on every |x'.c'| + |c'|^2/2 of a row.
-  CLUSTERQ_INLINE double magnitude(double row_norm) const { return row_norm * norm + half; }
 
   // At least the norm of a row, from the squares as summed in float32: 1.01 covers the sum, 1 + 1e-5 this and all
   // that is computed from it, the added constant squares below the range of float32.
@@ -138,8 +145,8 @@ struct Job {
 struct Level {
   int lanes;
   bool pairs;
-  void (*scan)(const Job&, const Panels&, const float* x, int64_t stride, int64_t count, int64_t first, bool last,
-               void* operands, float* scores, Row* rows, const Output&);
+  void (*scan)(const Job&, const Panels&, const Points&, int64_t count, int64_t first, bool last, void* operands,
+               float* scores, float* wide, Row* rows, const Output&);
   void (*pack)(const float* values, const char* left_out, const float* origin, int64_t count, int64_t width,
                int64_t dim, void* panel);
   Size64 (*size)(const float* values, const float* origin, int64_t dim);

@@ -12,16 +12,6 @@ namespace clusterq {
 namespace centroids {
 namespace {
 
-// Rows [N, D] of one batch entry as they lie in memory, strides in elements.
-struct Points {
-  const char* data;
-  ScalarType dtype;
-  int64_t element, row_stride, stride;
-
-  const char* row(int64_t n) const { return data + n * row_stride * element; }
-  bool direct() const { return dtype == ScalarType::Float && stride == 1; }
-};
-
 void widen(const Level& level, ScalarType dtype, const void* source, int64_t step, int64_t count, float* target) {
   const auto loop = dtype == ScalarType::Half       ? level.widen_half
                     : dtype == ScalarType::BFloat16 ? level.widen_bfloat16
@@ -94,16 +84,9 @@ class Searcher {
       output_ = {output.index == nullptr ? nullptr : output.index + n * wanted,
                  output.distance == nullptr ? nullptr : output.distance + n * wanted,
                  output.undecided == nullptr ? nullptr : output.undecided + n};
-      int64_t stride = points.row_stride;
-      const float* x = points.direct() ? reinterpret_cast<const float*>(points.row(n)) : nullptr;
-      if (x == nullptr) {
-        float* target = wide_.reserve(block * plan_.dim);
-        for (int64_t r = 0; r < count; r++) {
-          widen(plan_.level, points.dtype, points.row(n + r), points.stride, plan_.dim, target + r * plan_.dim);
-        }
-        x = target, stride = plan_.dim;
-      }
-      scan(x, stride, count);
+      Points part = points;
+      part.data = points.row(n);
+      scan(part, count);
     }
   }
 
@@ -111,8 +94,9 @@ class Searcher {
   int64_t crowded() const { return crowded_; }
 
  private:
-  void scan(const float* x, int64_t stride, int64_t count) {
+  void scan(const Points& points, int64_t count) {
     const Book& book = plan_.book;
+    float* wide = points.direct() ? nullptr : wide_.reserve(kMostRows * plan_.dim);
     const int64_t clusters = book.clusters();
     for (int64_t first = 0; first < clusters; first += plan_.step) {
       const int64_t here = std::min(plan_.step, clusters - first);
@@ -123,8 +107,8 @@ class Searcher {
         for (int64_t p = 0; p * width < here; p++) book.pack(plan_.level, first + p * width, target + p * panel);
         operands = target;
       }
-      plan_.level.scan(job_, {here, plan_.dim, operands, book.offset(first)}, x, stride, count, first,
-                       first + here == clusters, operands_.get(), scores_.get(), rows_.data(), output_);
+      plan_.level.scan(job_, {here, plan_.dim, operands, book.offset(first)}, points, count, first,
+                       first + here == clusters, operands_.get(), scores_.get(), wide, rows_.data(), output_);
     }
   }
 

@@ -120,6 +120,7 @@ std::vector<double> doubles_of(const Tensor& tensor, const char* name) {
 
 Tensor sums(const Tensor& x_any, const Tensor& index_any, const std::optional<Tensor>& weights_any, int64_t clusters) {
   CLUSTERQ_CHECK(x_any.dim() == 3, "x must be [B, N, D]");
+  CLUSTERQ_CHECK(clusters >= 1 && clusters < (int64_t{1} << 30), "clusters is ", clusters, "; wanted 1 to 2^30 - 1");
   const int64_t batch = x_any.size(0), rows = x_any.size(1), dim = x_any.size(2);
   check_dtype(index_any, ScalarType::Long, "index");
   check_sizes(index_any, {batch, rows}, "index");
