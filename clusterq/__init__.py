@@ -11,6 +11,7 @@ from clusterq import nn, ops
 from clusterq.checkpoint import load, save
 from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, SynthesisConfig, preset
 from clusterq.data import EvaluationResult, evaluate
+from clusterq.deploy.onnx import export_onnx
 from clusterq.diagnosis import doctor
 from clusterq.errors import ClusterQError
 from clusterq.method import ClusterQ, Result, quantize
@@ -29,6 +30,7 @@ __all__ = [
     "SynthesisConfig",
     "doctor",
     "evaluate",
+    "export_onnx",
     "load",
     "nn",
     "ops",

@@ -1,4 +1,4 @@
-"""The command line: `clusterq demo|quantize|evaluate|bench|doctor`.
+"""The command line: `clusterq demo|quantize|evaluate|export|bench|doctor`.
 
 Exit codes: 0 done, 1 a self-check of `doctor` failed, 2 the request cannot be carried out (one sentence on standard
 error, nothing half-written), 130 interrupted.
@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_quantize(commands)
     _add_evaluate(commands)
+    _add_export(commands)
     _add_bench(commands)
     doctor = _add(commands, "doctor", _doctor, "versions, kernel of every op, self-checks")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -123,6 +124,26 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument("checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4; without it: --model")
     _add_model(evaluate, required=False)
     _add_common(evaluate)
+
+
+def _add_export(commands: Any) -> None:
+    export = _add(commands, "export", _export, "write a quantized network as an ONNX file and run it in onnxruntime")
+    export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder, or one of its checkpoints")
+    export.add_argument("--format", choices=("onnx",), default="onnx", help="kind of file (default: %(default)s)")
+    export.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the checkpoint's folder")
+    export.add_argument("--overwrite", action="store_true", help="replace the file when it exists")
+    export.add_argument("--bits", metavar="WxAy", help="which checkpoint of a run with several")
+    export.add_argument("--packed", action="store_true", help="store up to 4 bits as INT4: a smaller file, not faster")
+    export.add_argument(
+        "--operators",
+        choices=("qdq", "integer"),
+        default="qdq",
+        help="qdq: QuantizeLinear/DequantizeLinear; integer: ConvInteger, MatMulInteger (default: %(default)s)",
+    )
+    export.add_argument("--fold-batch-norm", action="store_true", help="qdq: BatchNorm into scales and biases")
+    export.add_argument("--model", help="of a checkpoint whose network came from a Python file: FILE.py:FACTORY")
+    export.add_argument("--data", help="evaluation set to compare classes on (default: random images)")
+    _add_common(export)
 
 
 def _add_bench(commands: Any) -> None:
@@ -280,6 +301,17 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     else:
         top5 = "" if result.top5 is None else f", top-5 {result.top5:.2f} %"
         print(f"{name}: top-1 {result.top1:.2f} %{top5} on {result.count} images of {images.name}")
+    return 0
+
+
+def _export(options: argparse.Namespace, command: str) -> int:
+    from clusterq import export
+
+    _common(options, command)
+    names = ("output", "bits", "model", "packed", "operators", "fold_batch_norm", "limit", "batch_size", "overwrite")
+    given = {name: getattr(options, name) for name in names}
+    result = export.export_checkpoint(options.source, evaluation=options.data, threads=torch.get_num_threads(), **given)
+    print(export.as_json(result) if options.json else export.describe(result))
     return 0
 
 

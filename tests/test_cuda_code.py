@@ -13,7 +13,7 @@ import sys
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
-from test_centroids_cuda_code import SOURCES as CENTROIDS
+from test_centroid_cuda_code import SOURCES as CENTROIDS
 from test_cuda_build import ARCHITECTURES, ROOT, assert_wide, compiled_all
 from test_statistics_cuda_code import SOURCES as STATISTICS
 

@@ -1,5 +1,8 @@
-"""clusterq's ops inside other libraries; each module needs its library and says so where it is missing.
+"""Quantized networks for other runtimes, and clusterq's ops inside other libraries.
 
+Each module needs its library and says so where it is missing.
+
+- `clusterq.deploy.onnx`: ONNX files, public as `clusterq.export_onnx`.
 - `clusterq.deploy.torchao`: fake-quantize modules for torchao's PT2E flow and its `quantize_` QAT.
 - `clusterq.deploy.brevitas`: the tensor quantizer of Brevitas's layers.
 

@@ -1,0 +1,118 @@
+"""An exported network in onnxruntime on the CPU: integer kernels, time, agreement with its twin."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clusterq.deploy.onnx import OnnxExport, build
+from clusterq.errors import require
+from clusterq.nn.layers import quantized_weights_kept
+
+# Operators that multiply integers, of ONNX and of onnxruntime's own domain.
+_INTEGER = (
+    "QLinearConv",
+    "ConvInteger",
+    "QLinearMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "DynamicQuantizeMatMul",
+    "QGemm",
+)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What onnxruntime makes of a file.
+
+    Attributes:
+        counts: number of integer operators by type.
+        layers: names of the quantized layers that they compute.
+    """
+
+    counts: dict[str, int]
+    layers: frozenset[str]
+
+
+def session(model: bytes | str | Path, *, threads: int = 1, optimized: Path | None = None) -> Any:
+    """An InferenceSession on the CPU; `optimized`: file for the graph it really runs.
+
+    Raises MissingPackageError when onnxruntime is not installed.
+    """
+    onnxruntime = require("onnxruntime", purpose="running an ONNX file", extra="export")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    source = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+
+
+def integer_kernels(export: OnnxExport) -> Kernels:
+    """Integer operators in the graph that onnxruntime runs, by its own account."""
+    onnx = require("onnx", purpose="ONNX export", extra="export")
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder, "optimized.onnx")
+        session(export.path, optimized=optimized)
+        nodes = [node for node in onnx.load(optimized).graph.node if node.op_type in _INTEGER]
+    read = {name for node in nodes for name in node.input}
+    # Kernels that store a weight in another order append to its name.
+    layers = {
+        layer.name
+        for layer in export.layers
+        if layer.codes in read or any(name.startswith(f"{layer.codes}_") for name in read)
+    }
+    return Kernels(dict(Counter(node.op_type for node in nodes)), frozenset(layers))
+
+
+def milliseconds_per_image(
+    models: Sequence[bytes | Path], image: Tensor, *, batch: int, threads: int = 1, seconds: float = 0.5
+) -> list[float]:
+    """Median time of each model in turn, interleaved for about `seconds` each.
+
+    Args:
+        models: files or their bytes.
+        image: [C, H, W], repeated to a batch.
+        batch, threads: of the runs.
+    """
+    x = {"input": image.expand(batch, *image.shape).contiguous().numpy()}
+    sessions = [session(model, threads=threads) for model in models]
+    times: list[list[float]] = [[] for _ in sessions]
+    for run in sessions:
+        run.run(None, x)
+    while sum(times[0]) < seconds or len(times[0]) < 5:
+        for run, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            run.run(None, x)
+            taken.append(time.perf_counter() - start)
+    return [1000 * statistics.median(taken) / batch for taken in times]
+
+
+def float_model(model: nn.Module, example_input: Tensor) -> bytes:
+    """The same network in floating point, as an ONNX file in memory: what the integer one is to be compared with."""
+    data: bytes = build(model, example_input, quantized=False)[0].SerializeToString()
+    return data
+
+
+def agreement(model: nn.Module, path: Path, batches: Iterable[Tensor], *, threads: int = 1) -> tuple[int, int]:
+    """How many images get the same class from the twin and from the file in onnxruntime, and of how many."""
+    run = session(path, threads=threads)
+    same = count = 0
+    with torch.inference_mode(), quantized_weights_kept(model):
+        for images in batches:
+            wanted = model(images).argmax(1).numpy()
+            found = np.argmax(run.run(["output"], {"input": images.numpy()})[0], axis=1)
+            same += int((wanted == found).sum())
+            count += len(images)
+    return same, count

@@ -1,0 +1,283 @@
+"""Quantized twins as ONNX files whose integer codes are the twin's.
+
+Weights are integer initializers with DequantizeLinear per channel, activations QuantizeLinear, Clip of the codes where
+they have less than 8 bits, and DequantizeLinear, with the twin's scales and zero points; the rest is float32 (opset 17;
+21 for packed weights). A dequantized weight has the twin's bits. The code of an activation can differ where `x / scale`
+and the twin's `x * (1 / scale)`, or sums in another order, fall on two sides of a rounding boundary.
+
+Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
+rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:
+
+- `operators="integer"` writes ConvInteger and MatMulInteger wherever a layer reads codes, exact whatever follows.
+  onnxruntime's ConvInteger is slower than its convolution in floating point.
+- `fold_batch_norm=True` moves BatchNorm into scales and a bias. Codes stay (a negative gain turns their sign). Where a
+  quantizer follows, onnxruntime takes its fast integer convolution and rounds the bias: with few bits that changes one
+  code in a thousand per layer, and classes with it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from clusterq.deploy._onnx_codes import Grid, checked_grid
+from clusterq.errors import ModelError, OutputError, require
+from clusterq.method import Result
+from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
+from clusterq.nn.quantizers import ActivationQuantizer, Fused
+from clusterq.qat.prepare import prepared_with
+from clusterq.qat.trace import _TRACE_ERRORS
+
+Operators = Literal["qdq", "integer"]
+
+__all__ = ["OnnxExport", "export_onnx"]
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What an ONNX file holds.
+
+    Attributes:
+        path: the file.
+        opset: version of the default operator set.
+        layers: one `ExportedLayer` per quantized weight, in execution order.
+        activations: names of the tensors that hold the codes of each activation quantizer, one per call.
+        activation_bits: width of each activation quantizer.
+        file_bytes: size of the file.
+    """
+
+    path: Path
+    opset: int
+    layers: tuple[Any, ...]
+    activations: dict[str, tuple[str, ...]]
+    activation_bits: dict[str, int]
+    file_bytes: int
+
+
+def export_onnx(
+    model: nn.Module | Result,
+    path: str | Path,
+    *,
+    example_input: Tensor | None = None,
+    packed: bool = False,
+    operators: Operators = "qdq",
+    fold_batch_norm: bool = False,
+    overwrite: bool = False,
+) -> OnnxExport:
+    """Write a quantized network as an ONNX file: `input` float32 to `output`, for any batch where the network allows.
+
+    Args:
+        model: what `clusterq.prepare` made, with ranges, or a `Result`; stays as it is.
+        path: file to write; appears whole or not at all.
+        example_input: a batch the network can run on; a `Result` brings its own.
+        packed: weights of up to four bits as INT4, two to the byte, which no CPU kernel of onnxruntime takes: it turns
+            them into floating point when it runs. Warns of that.
+        operators: `"qdq"`, or `"integer"`: see above. Weights of 8 bits with zero points stay in floating point.
+        fold_batch_norm: see above. Not where weights are packed, have 8 bits and zero points, or cannot change sign, or
+            an int32 cannot hold the bias.
+        overwrite: replace a file of that name.
+
+    Raises:
+        ValueError: unknown `operators`, or `"integer"` with `packed` or `fold_batch_norm`.
+        ModelError: a network that is not quantized, has no ranges, cannot be captured by `torch.export`, calls an
+            operator that has no rule here, or has numbers that ONNX cannot express; names the layer.
+        MissingPackageError: onnx is not installed.
+        OutputError: the file exists or cannot be written.
+        TypeError: `example_input` is missing.
+    """
+    if isinstance(model, Result):
+        example_input = model.images[:2] if example_input is None else example_input
+        model = model.student
+    if operators not in get_args(Operators):
+        raise ValueError(f"operators is {operators!r}; wanted qdq or integer")
+    if operators == "integer" and (packed or fold_batch_norm):
+        given = "packed" if packed else "fold_batch_norm"
+        raise ValueError(f'{given} is given with operators "integer"; it belongs to "qdq"')
+    if not isinstance(example_input, Tensor):
+        raise TypeError("example_input is missing: a batch the network can run on")
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already; choose another name or allow overwriting")
+    proto, converter = build(model, example_input, packed=packed, operators=operators, fold_batch_norm=fold_batch_norm)
+    if packed and any(layer.container == "INT4" for layer in converter.layers):
+        warnings.warn(
+            "packed weights make the file smaller, not faster: onnxruntime has no integer convolution for INT4 and "
+            "computes these layers in floating point",
+            UserWarning,
+            stacklevel=2,
+        )
+    data = proto.SerializeToString()
+    _write(path, data)
+    return OnnxExport(
+        path,
+        converter.graph.opset,
+        tuple(converter.layers),
+        {name: tuple(tensors) for name, tensors in converter.codes.items()},
+        {name: converter.grids[name].bits for name in converter.codes},
+        len(data),
+    )
+
+
+def build(
+    model: nn.Module,
+    example_input: Tensor,
+    *,
+    packed: bool = False,
+    operators: Operators = "qdq",
+    fold_batch_norm: bool = False,
+    quantized: bool = True,
+) -> tuple[Any, Any]:
+    """ModelProto and its `Converter`; `quantized=False` gives the same network in floating point, for comparison."""
+    require("onnx", purpose="ONNX export", extra="export")
+    from clusterq.deploy._onnx_convert import Converter
+    from clusterq.deploy._onnx_graph import GraphWriter, shape_of, value_info
+
+    config = prepared_with(model)
+    twin, grids = _frozen_twin(model, quantized=quantized)
+    program = _captured(twin, example_input)
+    signature = program.graph_signature
+    names: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    held = {**program.constants, **dict(program.state_dict)}
+    tensors = {placeholder: held[name].detach() for placeholder, name in names.items()}
+    converter = Converter(
+        GraphWriter(21 if packed else 17),
+        tensors,
+        names,
+        grids,
+        packed=packed,
+        fold=fold_batch_norm,
+        integer=operators == "integer",
+    )
+    nodes = list(program.graph.nodes)
+    user_inputs = [node for node in nodes if node.op == "placeholder" and node.name in signature.user_inputs]
+    results = [node for node in nodes[-1].args[0] if node is not None]
+    if len(user_inputs) != 1:
+        raise ModelError(f"the network has {len(user_inputs)} inputs; wanted one")
+    # Given first, so that nothing else takes them.
+    outputs = [converter.graph.name("output" if i == 0 else f"output_{i}") for i in range(len(results))]
+    converter.values[user_inputs[0]] = converter.graph.name("input")
+    converter.run(nodes)
+    for output, node in zip(outputs, results, strict=True):
+        converter.graph.nodes.append(_identity(converter.read(node), output))
+    proto = converter.graph.model(
+        [value_info("input", shape_of(user_inputs[0].meta["val"]))],
+        [value_info(o, shape_of(node.meta["val"])) for o, node in zip(outputs, results, strict=True)],
+        type(model).__name__,
+        {
+            "clusterq_version": _version(),
+            "clusterq_operators": operators,
+            "clusterq_bits": {layer.name: layer.bits for layer in converter.layers}
+            | {name: converter.grids[name].bits for name in converter.codes},
+            "clusterq_multipliers": {layer.name: layer.multiplier for layer in converter.layers},
+            "clusterq_batch_norm_folded": [layer.name for layer in converter.layers if layer.batch_norm_folded],
+            "clusterq_quantization": {"weight_bits": config.weight_bits, "activation_bits": config.activation_bits},
+        },
+    )
+    return proto, converter
+
+
+class _Grid(nn.Module):
+    """A quantizer reduced to fixed numbers: the op itself, or only its activation function."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, grid: Grid, activation: Fused, function: nn.Module | None, quantized: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", grid.scale.clone())
+        self.register_buffer("zero_point", grid.zero_point.float())
+        self.limits = (grid.quant_min, grid.quant_max)
+        self.axis = grid.axis
+        self.activation: Fused = activation
+        self.function = function
+        self.quantized = quantized
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.function is not None:
+            x = self.function(x)
+        if not self.quantized:
+            plain = {"none": lambda v: v, "relu": torch.relu, "relu6": nn.functional.relu6}
+            y: Tensor = plain[self.activation](x)
+            return y
+        y = torch.ops.clusterq.fake_quantize(x, self.scale, self.zero_point, *self.limits, self.axis, self.activation)
+        return y
+
+
+def _frozen_twin(model: nn.Module, *, quantized: bool) -> tuple[nn.Module, dict[str, Grid]]:
+    """A copy on the CPU with a `_Grid` for every quantizer, and the grids by the names of these modules."""
+    twin = copy.deepcopy(model).cpu().float().eval()
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    grids: dict[str, Grid] = {}
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in list(twin.named_modules()):
+        if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
+            quantizer = module.weight_quantizer
+            parameters, key = quantizer.qparams(module.weight), f"{name}.weight_quantizer"
+            if not quantizer.enabled:
+                raise ModelError(f"{name}: quantization of its weight is switched off")
+            grids[key] = checked_grid(name, *parameters, 0)
+            module.weight_quantizer = _Grid(grids[key], "none", None, quantized)  # type: ignore[assignment]
+        elif isinstance(module, ActivationQuantizer):
+            if not module.enabled:
+                raise ModelError(f"{name}: quantization is switched off")
+            if int(module.observations) == 0:
+                raise ModelError(f"{name}: has no range yet; calibrate the network (clusterq.qat.calibrate) first")
+            grids[name] = checked_grid(name, *module.qparams(), None)
+            replaced[module] = _Grid(grids[name], module.activation, module.function, quantized)
+    for parent in list(twin.modules()):
+        for name, child in parent._modules.items():
+            if child in replaced:
+                parent._modules[name] = replaced[child]
+    return twin, grids
+
+
+def _captured(twin: nn.Module, example_input: Tensor) -> Any:
+    """The network's graph without in-place operators; the size of the batch stays free where the network allows it."""
+    x = example_input.detach().cpu().float()
+    # A batch of one would be taken for a constant.
+    x = torch.cat([x, x]) if x.shape[0] == 1 else x[:2]
+    try:
+        with torch.no_grad():
+            program = torch.export.export(twin, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+            return program.run_decompositions({})
+    except _TRACE_ERRORS as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise ModelError(
+            f"{type(twin).__name__} cannot be captured by torch.export: {type(error).__name__}: {text}"
+        ) from error
+
+
+def _identity(source: str, target: str) -> Any:
+    onnx = require("onnx", purpose="ONNX export", extra="export")
+    return onnx.helper.make_node("Identity", [source], [target], name=target)
+
+
+def _version() -> str:
+    from clusterq import __version__
+
+    return __version__
+
+
+def _write(path: Path, data: bytes) -> None:
+    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work.write_bytes(data)
+        os.replace(work, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        work.unlink(missing_ok=True)
