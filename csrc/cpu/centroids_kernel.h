@@ -220,8 +220,14 @@ CLUSTERQ_INLINE double distance(const float* a, const float* b, int64_t dim) {
   int64_t d = 0;
   for (; d + 8 <= dim; d += 8) add_squares(a + d, b + d, squares);
   if (d < dim) add_squares(a + d, b + d, dim - d, squares);
-  const Doubles4 halves =
-      __builtin_shufflevector(squares, squares, 0, 1, 2, 3) + __builtin_shufflevector(squares, squares, 4, 5, 6, 7);
+#if CLUSTERQ_FLOATS == 16
+  const __m512d all = (__m512d)squares;
+  const Doubles4 halves = (Doubles4)_mm512_castpd512_pd256(all) + (Doubles4)_mm512_extractf64x4_pd(all, 1);
+#else
+  Doubles4 parts[2];
+  __builtin_memcpy(parts, &squares, sizeof(parts));
+  const Doubles4 halves = parts[0] + parts[1];
+#endif
   return (halves[0] + halves[1]) + (halves[2] + halves[3]);
 }
 
