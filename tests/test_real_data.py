@@ -47,8 +47,8 @@ def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
     assert full > 88
     for row in (w4, w3):
         assert row["rounded_minmax"] < row["rounded_mse"]
-    # At W4A4 they lie half a point apart: within chance on 500 images. At W3A3 two to six, on processors with and without
-    # AVX-512, seeds 0 to 2.
+    # At W4A4 they lie half a point apart: within chance on 500 images. At W3A3 it is two to six, on processors with and
+    # without AVX-512, seeds 0 to 2.
     assert w4["rounded_mse"] - 1 < w4["calibrated"] and w3["rounded_mse"] < w3["calibrated"]
     assert full - w4["clusterq"] < 6 and full - w4["calibrated"] < 6
     assert w3["rounded_mse"] > 70 and w3["calibrated"] > 77 and w3["clusterq"] > 77
