@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "cpu/bn_stats.h"
-#include "cpu/lanes_avx512.h"
 
 // Vec never crosses a function that is not inlined, so the ABI of wide vectors does not matter.
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,9 +1,9 @@
 // nearest_centroid on the CPU: a search in float32, or with products of bfloat16 where the processor multiplies two of
 // them in the time of one float, and a bound on the error of its scores (centroids_search.h).
 //
-// A row keeps every centroid whose score lies within twice the largest error of the best one. Mostly that is one
-// centroid, which then is the nearest. Otherwise their distances decide, sum (x - c)^2 in float64; where these are as
-// good as equal, added in the order of d.
+// A row keeps every pair of centroids, the two that shared a lane of a register, whose higher score lies within twice
+// the largest error of the best one. Mostly that is one pair. Distances decide, sum (x - c)^2 in float64; where these
+// are as good as equal, added in the order of d.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "centroids_searcher.h"
-#include "lanes_avx512.h"
 
 namespace clusterq {
 namespace centroids {
@@ -74,17 +73,27 @@ const Level* pair_level() {
   return nullptr;
 }
 
-// Whether products of bfloat16 leave few enough candidates, by some of the rows.
-bool pairs_suffice(const Level& level, const Book& book, Search search, const Points& points, int64_t rows) {
-  constexpr int64_t kSamples = 4;
-  if (rows < 32 * kSamples * kMostRows) return true;
-  const Plan plan(level, book, search);
+// Whether few enough candidates are left to a plan with products of bfloat16, by some of the rows.
+bool suffices(const Plan& plan, const Points& points, int64_t rows) {
+  constexpr int64_t kSamples = 4 * kMostRows;
+  if (rows < 32 * kSamples) return true;
   Searcher searcher(plan);
   Points sample = points;
-  sample.row_stride *= rows / (kSamples * kMostRows);
-  searcher.run(sample, 0, kSamples * kMostRows, {});
+  sample.row_stride *= rows / kSamples;
+  searcher.run(sample, 0, kSamples, {});
   // Such a row costs about as much as four others.
-  return searcher.crowded() * 8 < kSamples * kMostRows;
+  return searcher.crowded() * 8 < kSamples;
+}
+
+// The search that fits the numbers.
+Plan plan_for(const Level& plain, const Level* pairs, const Book& book, Search search, const Points& points,
+              int64_t rows, int64_t dim) {
+  // In few dimensions centroids lie too close for 16 bits.
+  if (pairs != nullptr && dim > 4) {
+    Plan plan(*pairs, book, search);
+    if (suffices(plan, points, rows)) return plan;
+  }
+  return Plan(plain, book, search);
 }
 
 // So few numbers that preparing a search would take longer than the distances.
@@ -98,12 +107,8 @@ void search_tiny(const Points& points, const char* c, ScalarType c_dtype, int64_
     int64_t index[2];
     nearest_by_distance(row.data(), values.data(), clusters, dim, nullptr, search.count, index);
     for (int w = 0; w < search.count; w++) {
-      const int64_t place = n * search.count + w, k = index[w];
-      if (output.index != nullptr) output.index[place] = k;
-      if (output.distance != nullptr) {
-        output.distance[place] = k < 0 ? std::numeric_limits<float>::quiet_NaN()
-                                       : static_cast<float>(level.measure(row.data(), &values[k * dim], dim));
-      }
+      const int64_t k = index[w];
+      output.set(n * search.count + w, k, k < 0 ? 0 : level.measure(row.data(), &values[k * dim], dim));
     }
     if (output.undecided != nullptr) output.undecided[n] = false;
   }
@@ -119,9 +124,7 @@ void search_float(const Points& points, const char* c, ScalarType c_dtype, int64
     values = wide.get();
   }
   const Book book(plain, pairs == nullptr ? plain : *pairs, values, clusters, dim, search.count > 1);
-  // In few dimensions centroids lie too close for 16 bits.
-  const bool paired = pairs != nullptr && dim > 4 && pairs_suffice(*pairs, book, search, points, rows);
-  const Plan plan(paired ? *pairs : plain, book, search);
+  const Plan plan = plan_for(plain, pairs, book, search, points, rows, dim);
   // about 0.1 ms of work: a row takes some 100 cycles besides its products
   const int64_t grain = std::max<int64_t>(kMostRows, (int64_t{1} << 23) / (clusters * dim + 4096));
   torch::stable::parallel_for(0, rows, grain,
@@ -224,10 +227,6 @@ bool is_exact(const std::string& precision) {
   return precision == "exact";
 }
 
-std::tuple<Tensor, Tensor> nearest_centroid(Tensor x, Tensor centroids, std::string precision) {
-  return find(x, centroids, {is_exact(precision), 1});
-}
-
 std::tuple<Tensor, Tensor> two_nearest_centroids(Tensor x, Tensor centroids, std::string precision) {
   // With two, candidates have to be told apart by distance in any case.
   is_exact(precision);
@@ -248,8 +247,8 @@ Tensor undecided_rows(Tensor x, Tensor centroids) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids, bool exact) {
-  return find(x, centroids, {exact, 1});
+std::tuple<Tensor, Tensor> nearest_centroid(Tensor x, Tensor centroids, std::string precision) {
+  return find(x, centroids, {is_exact(precision), 1});
 }
 
 }  // namespace centroids

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <string>
 #include <tuple>
-#include <utility>
 
 #include "cpu/simd.h"
 
@@ -47,10 +47,16 @@ struct Output {
   int64_t* index;
   float* distance;
   bool* undecided;
+
+  // A result; k is -1 for none.
+  CLUSTERQ_INLINE void set(int64_t place, int64_t k, double value) const {
+    if (index != nullptr) index[place] = k;
+    if (distance != nullptr) distance[place] = k < 0 ? __builtin_nanf("") : static_cast<float>(value);
+  }
 };
 
 // Defined in centroids.cpp: x [B, N, D], centroids [B, K, D] -> index [B, N], distance [B, N].
-std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids, bool exact);
+std::tuple<Tensor, Tensor> nearest_centroid(Tensor x, Tensor centroids, std::string precision);
 
 }  // namespace centroids
 }  // namespace clusterq

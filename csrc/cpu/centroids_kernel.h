@@ -252,8 +252,7 @@ CLUSTERQ_INLINE bool decide(const Job& job, const float* x, int64_t dim, const R
     if (mate < job.clusters && !job.left_out[mate]) meet(mate);
   }
   if (job.left_out[row.candidates[0].id] || !(next > least * job.bound.order)) return false;
-  if (output.index != nullptr) output.index[number] = index;
-  if (output.distance != nullptr) output.distance[number] = static_cast<float>(least);
+  output.set(number, index, least);
   // a difference of scores is half a difference of distances
   if (output.undecided != nullptr) output.undecided[number] = !(next - least > 2 * row.reach);
   return true;

@@ -119,11 +119,8 @@ class Searcher {
     const bool usable = row.count != kMeasure || std::none_of(x, x + plan_.dim, [](float v) { return std::isnan(v); });
     if (usable) alone = choose(x, row, index);
     for (int n = 0; n < wanted; n++) {
-      const int64_t k = index[n], place = number * wanted + n;
-      if (output_.index != nullptr) output_.index[place] = k;
-      if (output_.distance == nullptr) continue;
-      output_.distance[place] =
-          k < 0 ? std::numeric_limits<float>::quiet_NaN() : static_cast<float>(plan_.book.measure(x, k));
+      const int64_t k = index[n];
+      output_.set(number * wanted + n, k, k < 0 ? 0 : plan_.book.measure(x, k));
     }
     if (output_.undecided != nullptr) output_.undecided[number] = !alone;
   }

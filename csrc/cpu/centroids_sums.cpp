@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "centroids_common.h"
@@ -138,15 +139,16 @@ Tensor sums(const Tensor& x_any, const Tensor& index_any, const std::optional<Te
   for_floating(x.scalar_type(), "x", [&](auto tag, auto) {
     using T = decltype(tag);
     const T* values = static_cast<const T*>(x.const_data_ptr());
-    const double* partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
+    double* partial = sum_segments(groups, dim, memory, [&](const Segment& segment, double* sum) {
       at_level<add_rows<T>>(values, groups.order.data() + segment.begin, segment.end - segment.begin, weight, dim, sum);
     });
     torch::stable::parallel_for(0, batch * clusters, grain(dim), [&](int64_t begin, int64_t end) {
       for (int64_t slot = begin; slot < end; slot++) {
         double* row = target + slot * (dim + 1);
-        std::fill_n(row, dim + 1, 0.0);
+        const double* total = merge(groups, slot, dim, partial);
+        for (int64_t d = 0; d < dim; d++) row[d] = total == nullptr ? 0.0 : total[d];
+        row[dim] = 0;
         for (int64_t s = groups.first[slot]; s < groups.first[slot + 1]; s++) {
-          for (int64_t d = 0; d < dim; d++) row[d] += partial[s * dim + d];
           const Segment& segment = groups.segments[s];
           if (weight == nullptr) {
             row[dim] += static_cast<double>(segment.end - segment.begin);
@@ -309,8 +311,7 @@ Tensor centroid_sums(Tensor x, Tensor index, std::optional<Tensor> weights, int6
 
 std::tuple<Tensor, Tensor, Tensor> assign_and_sum(Tensor x, Tensor centroids, std::optional<Tensor> weights,
                                                   std::string precision, bool) {
-  CLUSTERQ_CHECK(precision == "exact" || precision == "fast", "precision is ", precision, "; wanted exact or fast");
-  auto [index, distance] = nearest(x, centroids, precision == "exact");
+  auto [index, distance] = nearest_centroid(x, centroids, std::move(precision));
   return {index, distance, sums(x, index, weights, centroids.size(1))};
 }
 

@@ -69,7 +69,6 @@ struct CentroidInput {
 }  // namespace
 
 // Defined in centroids_ops.cpp: index and distance [B, N].
-std::tuple<Tensor, Tensor> nearest_centroid_cuda(const Tensor& x, const Tensor& centroids,
-                                                 const std::string& precision);
+std::tuple<Tensor, Tensor> nearest_centroid(const Tensor& x, const Tensor& centroids, std::string precision);
 
 }  // namespace clusterq

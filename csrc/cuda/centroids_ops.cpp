@@ -61,10 +61,6 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& x, const Tensor& centroids, boo
   return {index, distance};
 }
 
-std::tuple<Tensor, Tensor> nearest_centroid(const Tensor& x, const Tensor& centroids, std::string precision) {
-  return nearest(x, centroids, is_exact(precision), false);
-}
-
 std::tuple<Tensor, Tensor> two_nearest_centroids(const Tensor& x, const Tensor& centroids, std::string precision) {
   return nearest(x, centroids, is_exact(precision), true);
 }
@@ -87,9 +83,8 @@ Tensor undecided_rows(const Tensor& x, const Tensor& centroids) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> nearest_centroid_cuda(const Tensor& x, const Tensor& centroids,
-                                                 const std::string& precision) {
-  return nearest_centroid(x, centroids, precision);
+std::tuple<Tensor, Tensor> nearest_centroid(const Tensor& x, const Tensor& centroids, std::string precision) {
+  return nearest(x, centroids, is_exact(precision), false);
 }
 
 std::vector<std::string> centroid_ops() { return {"nearest_centroid", "two_nearest_centroids", "undecided_rows"}; }

@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor> nearest_centroid_backward(const Tensor& grad, const T
 std::tuple<Tensor, Tensor, Tensor> assign_and_sum(const Tensor& x, const Tensor& centroids, Optional weights,
                                                   std::string precision, bool deterministic) {
   CLUSTERQ_CHECK(centroids.dim() == 3, "centroids has ", centroids.dim(), " dimensions, wanted 3");
-  const auto [index, distance] = nearest_centroid_cuda(x, centroids, precision);
+  const auto [index, distance] = nearest_centroid(x, centroids, precision);
   return {index, distance, centroid_sums(x, index, weights, centroids.size(1), deterministic)};
 }
 
