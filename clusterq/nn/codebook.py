@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from clusterq.nn._revival import offer_rows
 from clusterq.ops import _centroids_ops as op
-from clusterq.ops._checks import FLOATING, check_integer, check_number, check_tensor
+from clusterq.ops._checks import FLOATING, check_integer, check_number, check_precision, check_tensor
 from clusterq.ops.centroids import Precision
 from clusterq.ops.kmeans import plus_plus_start
 
@@ -134,8 +134,7 @@ class EMACodebook(nn.Module):
         if reset_cluster_size is None:
             reset_cluster_size = threshold_ema_dead_code
         check_number("reset_cluster_size", reset_cluster_size, 0)
-        if precision not in ("exact", "fast"):
-            raise ValueError(f"precision is {precision!r}; wanted exact or fast")
+        check_precision(precision)
         self.dim, self.codebook_size, self.num_codebooks = dim, codebook_size, num_codebooks
         self.kmeans_iters = kmeans_iters
         self.decay, self.eps = float(decay), float(eps)

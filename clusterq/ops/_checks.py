@@ -53,6 +53,21 @@ def check_device(name: str, tensor: Tensor, device: torch.device, owner: str) ->
         raise ValueError(f"{name} is on {tensor.device}; wanted {device}, where {owner} is")
 
 
+def check_row_weights(name: str, weights: Tensor, rows: Tensor) -> None:
+    """Weights or a mask [..., N] of rows [..., N, D]."""
+    check_tensor(name, weights)
+    if weights.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {weights.dtype}; wanted a real one")
+    check_shape(name, weights, rows.shape[:-1])
+    check_device(name, weights, rows.device, "x")
+
+
+def check_precision(precision: str) -> None:
+    """Of a nearest-centroid search."""
+    if precision not in ("exact", "fast"):
+        raise ValueError(f"precision is {precision!r}; wanted exact or fast")
+
+
 def check_own_memory(name: str, tensor: Tensor) -> None:
     """Refuses a tensor that would be written in place while its elements share memory, such as an expanded one."""
     if tensor.is_contiguous():

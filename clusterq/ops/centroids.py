@@ -34,6 +34,8 @@ from clusterq.ops._checks import (
     check_device,
     check_number,
     check_own_memory,
+    check_precision,
+    check_row_weights,
     check_shape,
     check_tensor,
     compute_dtype,
@@ -65,8 +67,7 @@ def _check_pair(x: Tensor, centroids: Tensor, precision: str = "exact") -> None:
     check_device("centroids", centroids, x.device, "x")
     if (x.dtype == torch.float64) != (centroids.dtype == torch.float64):
         raise TypeError(f"x is {x.dtype} but centroids is {centroids.dtype}; float64 goes with float64 only")
-    if precision not in ("exact", "fast"):
-        raise ValueError(f"precision is {precision!r}; wanted exact or fast")
+    check_precision(precision)
 
 
 def _check_update(
@@ -86,11 +87,7 @@ def _check_update(
     check_own_memory("centroids", centroids)
     check_own_memory("cluster_size", cluster_size)
     if weights is not None:
-        check_tensor("weights", weights)
-        if weights.dtype.is_complex:
-            raise TypeError(f"weights has dtype {weights.dtype}; wanted a real one")
-        check_shape("weights", weights, x.shape[:-1])
-        check_device("weights", weights, x.device, "x")
+        check_row_weights("weights", weights, x)
     check_number("decay", decay, 0, 1)
     check_number("smoothing", smoothing, 0)
     if dead_below is not None:
@@ -171,8 +168,8 @@ def nearest_centroid(x: Tensor, centroids: Tensor, *, precision: Precision = "ex
         precision: `"exact"`: the index equals the one found by a float64 search over the given values,
             `sum_d (x - c)^2` added in the order of d: the fast search leaves open only rows whose two best scores lie
             closer than a rigorous bound on its rounding error, and those are decided in float64. `"fast"`: those rows
-            keep what the fast search found (`undecided_rows` tells which they are). float64 arguments are searched in
-            float64 with either.
+            may keep what the fast search found (`undecided_rows` tells which they are). float64 arguments are searched
+            in float64 with either.
 
     Returns:
         index: int64 [N] or [B, N]. The lowest index wins among equal distances (`"fast"`: among equal scores). A NaN

@@ -24,6 +24,8 @@ from clusterq.ops._checks import (
     check_device,
     check_integer,
     check_number,
+    check_precision,
+    check_row_weights,
     check_shape,
     check_tensor,
     compute_dtype,
@@ -134,15 +136,10 @@ def _check(
     elif init != "k-means++":
         raise ValueError(f"init is {init!r}; wanted k-means++ or a Tensor of initial centres")
     if weights is not None:
-        check_tensor("sample_weight", weights)
-        if weights.dtype.is_complex:
-            raise TypeError(f"sample_weight has dtype {weights.dtype}; wanted a real one")
-        check_shape("sample_weight", weights, x.shape[:-1])
-        check_device("sample_weight", weights, x.device, "x")
+        check_row_weights("sample_weight", weights, x)
     check_integer("max_iter", max_iter, 1)
     check_number("tol", tol, 0)
-    if precision not in ("exact", "fast"):
-        raise ValueError(f"precision is {precision!r}; wanted exact or fast")
+    check_precision(precision)
 
 
 def _mean_variance(x: Tensor, valid: Tensor) -> Tensor:
