@@ -62,8 +62,9 @@ def export_checkpoint(
         threads: of onnxruntime.
 
     Returns:
-        Plain values: `path`, `opset`, `file_bytes`, `checkpoint_bytes`, `layers`, `activation_bits`, `kernels`,
-        `milliseconds` by batch size (floating point, this file), `agreement` (same class, of, images).
+        Plain values: `path`, `opset`, `operators`, `file_bytes`, `float_file_bytes`, `layers`, `activation_bits`,
+        `kernels`, `threads`, `milliseconds` by batch size (`float` and `exported`), `agreement` (`same`, `of`,
+        `images`).
 
     Raises:
         ClusterQError: see `clusterq.errors`; no file is left behind when it could not be written whole.
@@ -139,7 +140,7 @@ def describe(result: dict[str, Any]) -> str:
             f"batch {batch}: {t['exported']:.3f} ms, in floating point {t['float']:.3f} ms"
             for batch, t in result["milliseconds"].items()
         )
-        + f" ({result['threads']} threads)",
+        + f" (threads: {result['threads']})",
         f"same class as the quantized network in PyTorch: {same['same']} of {same['of']} images ({same['images']})",
     ]
     if integer == 0 and not any(layer["container"] == "INT4" for layer in result["layers"]):

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all: written beside their place, flushed to disk, then renamed."""
+"""Folders and files that are there whole or not at all: written beside their place, flushed to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -44,6 +44,27 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             _flush_directory(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """A file of these bytes under the name `path`, in place of one of that name; its parent is made when absent.
+
+    Raises:
+        OutputError: it cannot be written (no permission, disk full, a folder of that name).
+    """
+    final = Path(path).absolute()
+    work = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _writing(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(work, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(work, final)
+        finally:
+            work.unlink(missing_ok=True)
+        _flush_directory(final.parent)
 
 
 def check_writable(path: str | Path, *, overwrite: bool = False) -> None:

@@ -309,6 +309,16 @@ def test_file_says_what_it_is(tmp_path: Path) -> None:
     export_onnx(twin, path, example_input=images(1), overwrite=True)
 
 
+def test_a_result_brings_its_own_input(tmp_path: Path) -> None:
+    twin, x = prepared(Net()), images(4)
+    labels = torch.zeros(4, dtype=torch.int64)
+    result = clusterq.Result(twin, clusterq.ClusterQConfig(), 1.0, x, labels, {}, {}, {})
+    files = [tmp_path / name for name in ("result.onnx", "twin.onnx")]
+    clusterq.export_onnx(result, files[0])
+    clusterq.export_onnx(twin, files[1], example_input=x[:2])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_module_called_twice_and_a_linear_on_a_sequence(tmp_path: Path) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clusterq.errors import OutputError
-from clusterq.folders import new_folder
+from clusterq.folders import new_folder, write_file
 
 
 def _fill(path: Path, text: str) -> None:
@@ -75,3 +75,24 @@ def test_old_folder_that_cannot_be_removed_is_no_failure(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "unlink", stubborn)
     _fill(tmp_path / "run", "new")
     assert (tmp_path / "run" / "file").read_text() == "new"
+
+
+def test_file_appears_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "deeper" / "model.onnx"
+    write_file(target, b"old")
+    write_file(target, b"new")
+    assert target.read_bytes() == b"new" and os.listdir(target.parent) == ["model.onnx"]
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="model.onnx cannot be written: No space left"):
+        write_file(target, b"newer")
+    assert target.read_bytes() == b"new" and os.listdir(target.parent) == ["model.onnx"]
+
+
+def test_file_under_the_name_of_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written: Is a directory"):
+        write_file(tmp_path, b"")
+    assert os.listdir(tmp_path) == [] and list(tmp_path.parent.glob(f".{tmp_path.name}.*")) == []

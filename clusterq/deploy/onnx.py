@@ -18,8 +18,6 @@ rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm an
 from __future__ import annotations
 
 import copy
-import os
-import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 
 from clusterq.deploy._onnx_codes import Grid, checked_grid
 from clusterq.errors import ModelError, OutputError, require
+from clusterq.folders import write_file
 from clusterq.method import Result
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
@@ -115,7 +114,7 @@ def export_onnx(
             stacklevel=2,
         )
     data = proto.SerializeToString()
-    _write(path, data)
+    write_file(path, data)
     return OnnxExport(
         path,
         converter.graph.opset,
@@ -137,6 +136,7 @@ def build(
 ) -> tuple[Any, Any]:
     """ModelProto and its `Converter`; `quantized=False` gives the same network in floating point, for comparison."""
     require("onnx", purpose="ONNX export", extra="export")
+    from clusterq import __version__
     from clusterq.deploy._onnx_convert import Converter
     from clusterq.deploy._onnx_graph import GraphWriter, shape_of, value_info
 
@@ -176,7 +176,7 @@ def build(
         [value_info(o, shape_of(node.meta["val"])) for o, node in zip(outputs, results, strict=True)],
         type(model).__name__,
         {
-            "clusterq_version": _version(),
+            "clusterq_version": __version__,
             "clusterq_operators": operators,
             "clusterq_bits": {layer.name: layer.bits for layer in converter.layers}
             | {name: converter.grids[name].bits for name in converter.codes},
@@ -263,21 +263,3 @@ def _captured(twin: nn.Module, example_input: Tensor) -> Any:
 def _identity(source: str, target: str) -> Any:
     onnx = require("onnx", purpose="ONNX export", extra="export")
     return onnx.helper.make_node("Identity", [source], [target], name=target)
-
-
-def _version() -> str:
-    from clusterq import __version__
-
-    return __version__
-
-
-def _write(path: Path, data: bytes) -> None:
-    work = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work.write_bytes(data)
-        os.replace(work, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        work.unlink(missing_ok=True)
