@@ -196,6 +196,12 @@ def check_shortcuts():
         wide = torch.randn(50, 2 * 21).to(dtype)
         check_exact(wide[:, ::2], torch.randn(40, 21).to(dtype))
         check_exact(wide[:, 1:22], torch.randn(40, 21).to(dtype))
+    for dtype in NARROW:
+        test_fast_differs_only_where_rows_are_undecided(dtype)
+    test_fast_keeps_the_rules()
+    test_fast_over_many_panels_of_ties()
+    test_clustered_rows_are_decided()
+    test_second_of_equal_distances_has_the_lower_index()
     x, centroids = torch.randn(500, 20), torch.randn(40, 20)
     print(ops.nearest_centroid(x, centroids)[1].view(torch.int32).tolist())
 

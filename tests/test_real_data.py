@@ -40,16 +40,15 @@ def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     result = quantize(
         data_dir, tmp_path / "run", "resnet20", "cifar10_resnet20.pt", "cifar10/cifar10_test.npz",
-        "--input-size", "32", "--limit", "500", "--bits", "W4A4", "W3A3", "--set", *settings,
+        "--input-size", "32", "--limit", "2000", "--bits", "W4A4", "W3A3", "--set", *settings,
     )  # fmt: skip
     full = result["float"]["top1"]
     w4, w3 = map(top1, result["widths"])
     assert full > 88
     for row in (w4, w3):
         assert row["rounded_minmax"] < row["rounded_mse"]
-    # At W4A4 they lie half a point apart: within chance on 500 images. At W3A3 it is two to six, on processors with and
-    # without AVX-512, seeds 0 to 2.
-    assert w4["rounded_mse"] - 1 < w4["calibrated"] and w3["rounded_mse"] < w3["calibrated"]
+    # At W4A4 they lie half a point apart: within chance.
+    assert w4["rounded_mse"] - 1 < w4["calibrated"] and w3["rounded_mse"] + 2 < w3["calibrated"]
     assert full - w4["clusterq"] < 6 and full - w4["calibrated"] < 6
     assert w3["rounded_mse"] > 70 and w3["calibrated"] > 77 and w3["clusterq"] > 77
     # What it takes to repeat the run is in the result.
@@ -59,7 +58,7 @@ def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
     assert config.finetune.lr == preset("default").finetune.lr
     assert result["model"]["weights_sha256"] == RESNET_SHA256
     assert result["versions"]["torch"] == torch.__version__ and result["versions"]["clusterq"]
-    assert result["data"]["images"] == 500 and result["data"]["of"] == 10_000
+    assert result["data"]["images"] == 2000 and result["data"]["of"] == 10_000
     for row in result["widths"]:
         assert row["samples_seen"] == {"synthesis": 30 * 64, "finetune": 10 * 64} and row["unreached"] == []
 
