@@ -1,6 +1,6 @@
 """Nearest-centroid search and the moving-average step against what else does it; label errors beside every time.
 
-    python bench/bench_centroids.py [--threads 2] [--repeats 7] [--quick] [--json FILE]
+    python bench/bench_centroids.py [--threads 2] [--repeats 7] [--quick] [--part step] [--json FILE]
     pytest bench/bench_centroids.py --benchmark-only
 
 Searches (`centroid_peers.py`): `cdist` is `torch.cdist(x, c).argmin(1)`; `addmm` is `(|c|^2 / 2 - x c^T).argmin(1)` in
@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from centroid_peers import DECAY, SEARCHES, STEPS, multiply_adds
+from centroid_peers import DECAY, SEARCHES, STEPS, built, multiply_adds
 from harness import OURS, Bar, Call, Case, Row, main
 from torch import Tensor
 
@@ -44,6 +42,7 @@ SHAPES = (
 STEP = (65536, 64, 512)
 QUICK = ((4096, 64, 128), (4096, 16, 10))
 CHECKED = 4096
+PARTS = ("search", "step", "heap")
 # The least number of times faster that is promised of every step.
 STEP_BARS = {"faiss": 1.5, "scikit-learn": 2.0, "vector-quantize-pytorch": 20.0}
 
@@ -156,25 +155,27 @@ print(heap.heap_peak() - sum(t.numel() * t.element_size() for t in result))
 
 
 def heap_beyond_the_result(rows: int, dim: int, clusters: int) -> int:
-    source = Path(__file__).with_name("heap_peak.c")
-    with tempfile.TemporaryDirectory() as folder:
-        target = f"{folder}/heap_peak.so"
-        subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-fno-builtin", "-o", target, str(source)], check=True)
-        environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
-        child = subprocess.run(
-            [sys.executable, "-c", _HEAP, *map(str, (rows, dim, clusters, torch.get_num_threads()))],
-            env={**environment, "LD_PRELOAD": target}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    child = subprocess.run(
+        [sys.executable, "-c", _HEAP, *map(str, (rows, dim, clusters, torch.get_num_threads()))],
+        env={**environment, "LD_PRELOAD": str(counted_heap())}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     return int(child.stdout)
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def counted_heap() -> Path | None:
+    """The library that counts what malloc hands out; only glibc's can be counted."""
+    return built("heap_peak.c", "-fno-builtin") if platform.libc_ver()[0] == "glibc" else None
+
+
+def cases(quick: bool, parts: Sequence[str] = PARTS) -> Iterator[Case]:
     shapes = QUICK if quick else SHAPES
     for kind in ("normal", "offset"):
-        for shape in shapes:
+        for shape in shapes if "search" in parts else ():
             yield from search_cases(kind, *shape)
-    yield from step_cases(*(shapes[0] if quick else STEP))
-    if platform.libc_ver()[0] != "glibc" or shutil.which("gcc") is None:
+    if "step" in parts:
+        yield from step_cases(*(shapes[0] if quick else STEP))
+    if "heap" not in parts or counted_heap() is None:
         return
     for rows, dim, clusters in shapes:
         # the harness wants a contestant of that name; it is never called
@@ -193,4 +194,5 @@ def test_search(benchmark: Any, contestant: str) -> None:
 
 
 if __name__ == "__main__":
-    main("centroids", __doc__, cases, ops=("nearest_centroid", "assign_and_sum", "move_centroids_"), repeats=7)
+    served = ("nearest_centroid", "assign_and_sum", "move_centroids_")
+    main("centroids", __doc__, cases, ops=served, repeats=7, choice="part", choices=PARTS)

@@ -36,26 +36,31 @@ def library(name: str) -> ModuleType | None:
 
 
 @functools.cache
-def compiled(source: str) -> ctypes.CDLL | None:
-    """A helper beside this file, compiled for this processor; None without a compiler."""
-    compiler = shutil.which("g++")
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone when the process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
+def built(source: str, *options: str) -> Path | None:
+    """Shared library of a C or C++ file beside this one, for this processor; None without a compiler."""
+    name = "gcc" if source.endswith(".c") else "g++"
+    compiler = shutil.which(name)
     if compiler is None:
-        print(f"(no g++: {source} left out)", flush=True)
+        print(f"(no {name}: {source} left out)", flush=True)
         return None
-    folder = tempfile.mkdtemp()
-    target = Path(folder) / "helper.so"
-    options = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *options, "-o", str(target), str(Path(__file__).with_name(source))], check=True)
-    helper = ctypes.CDLL(str(target))
-    shutil.rmtree(folder)
-    return helper
+    target = Path(_folder().name, f"{source}.so")
+    command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", *options, "-o", str(target)]
+    subprocess.run([*command, str(Path(__file__).with_name(source))], check=True)
+    return target
 
 
 def multiply_adds(count: int) -> Callable[[], object] | None:
     """As many multiply-adds in float32, in registers, on torch's number of threads."""
-    helper = compiled("multiply_adds.cpp")
-    if helper is None:
+    library = built("multiply_adds.cpp", "-pthread")
+    if library is None:
         return None
+    helper = ctypes.CDLL(str(library))
     helper.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int]
     return functools.partial(helper.multiply_adds, count, torch.get_num_threads())
 
