@@ -1,4 +1,4 @@
-"""Folders and files that are there whole or not at all: written beside their place, flushed to disk, then renamed."""
+"""Folders and files that are there whole or not at all: written beside their place, flushed to disk, renamed."""
 
 from __future__ import annotations
 
