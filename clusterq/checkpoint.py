@@ -28,7 +28,7 @@ FORMAT = "clusterq-checkpoint"
 FORMAT_VERSION = 1
 TENSORS, RECORD = "model.safetensors", "checkpoint.json"
 # Kinds of source whose architecture comes from an installed package. A Python file named by a checkpoint is never run.
-_REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
+REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if file_sha256(file) != record.tensors_sha256:
         raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {RECORD}")
     if model is None:
-        if record.source is None or record.source.model.split(":", 1)[0] not in _REBUILT:
+        if record.source is None or record.source.model.split(":", 1)[0] not in REBUILT:
             origin = record.source.model if record.source is not None else "a module"
             raise CheckpointError(f"the network of {path} came from {origin}: hand over the network itself to load it")
         model = build_model(record.source.model, record.num_classes)

@@ -1,4 +1,4 @@
-"""The command line: `clusterq demo|quantize|evaluate|export|bench|doctor`.
+"""The command line: `clusterq demo|quantize|synthesize|ablate|evaluate|export|bench|doctor`.
 
 Exit codes: 0 done, 1 a self-check of `doctor` failed, 2 the request cannot be carried out (one sentence on standard
 error, nothing half-written), 130 interrupted.
@@ -73,6 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_export(commands)
     _add_bench(commands)
+    # They take their options from here.
+    from clusterq import cli_method
+
+    cli_method.add_commands(commands)
     doctor = _add(commands, "doctor", _doctor, "versions, kernel of every op, self-checks")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
@@ -110,8 +114,9 @@ def _add_quantize(commands: Any) -> None:
     quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
     quantize.add_argument("--overwrite", action="store_true", help="replace the run folder when it exists")
     quantize.add_argument(
-        "--images", type=Path, metavar="FILE", help="images.safetensors of an earlier run: no synthesis"
+        "--images", type=Path, metavar="BANK", help="bank of `synthesize`, or images.safetensors of a run: no synthesis"
     )
+    quantize.add_argument("--any-network", action="store_true", help="accept a bank made for another network")
     quantize.add_argument("--save-images", action="store_true", help="store the images in the run folder")
     _add_method(quantize)
     _add_common(quantize)
@@ -151,7 +156,7 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("suite", nargs="*", help="suites to run, such as fake_quant (default: all)")
 
 
-def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def _add_model(parser: argparse.ArgumentParser, *, required: bool = True, data: bool = True) -> None:
     parser.add_argument(
         "--model",
         required=required,
@@ -160,12 +165,13 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     parser.add_argument(
         "--weights", help="weight file (.safetensors, or a PyTorch state dict) or the library's own name"
     )
-    parser.add_argument(
-        "--data",
-        required=not required,
-        help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, or "
-        "one sub-folder per class); only measured on, never trained on",
-    )
+    if data:
+        parser.add_argument(
+            "--data",
+            required=not required,
+            help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, "
+            "or one sub-folder per class); only measured on, never trained on",
+        )
     parser.add_argument(
         "--input-size", type=int, metavar="PIXELS", help="height and width (default: what is known, or 224)"
     )
@@ -196,6 +202,10 @@ def _add_common(parser: argparse.ArgumentParser, *, threads: int | None = None) 
     parser.add_argument(
         "--batch-size", type=int, default=128, help="images per evaluation batch (default: %(default)s)"
     )
+    _add_machine(parser, threads=threads)
+
+
+def _add_machine(parser: argparse.ArgumentParser, *, threads: int | None = None) -> None:
     shown = "what torch chooses" if threads is None else threads
     parser.add_argument("--threads", type=int, metavar="N", default=threads, help=f"CPU threads (default: {shown})")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
@@ -235,6 +245,7 @@ def _quantize(options: argparse.Namespace, command: str) -> int:
         widths=widths,
         config=_config(options),
         images=options.images,
+        any_network=options.any_network,
         save_images=options.save_images,
         **_input(options),
         **_common(options, command),
@@ -342,12 +353,7 @@ def _config(options: argparse.Namespace) -> ClusterQConfig:
 def _widths(texts: Sequence[str]) -> tuple[Any, ...]:
     from clusterq.run import Width
 
-    widths = []
-    for text in texts:
-        match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
-        if match is None:
-            raise ValueError(f"--bits {text!r}: wanted WxAy with x and y from 2 to 8, such as W4A4")
-        widths.append(Width(int(match[1]), int(match[2])))
+    widths = [Width.parse(text) for text in texts]
     if len(set(widths)) != len(widths):
         raise ValueError("--bits names a width twice")
     return tuple(widths)
@@ -369,25 +375,35 @@ def _input(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    for name in ("limit", "batch_size", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted at least 1")
+    _require_positive(options, "limit", "batch_size")
+    return {
+        "limit": options.limit,
+        "evaluation_batch": options.batch_size,
+        "device": _machine(options),
+        "command": command,
+    }
+
+
+def _machine(options: argparse.Namespace) -> str:
+    """Set the number of threads; returns the device."""
+    _require_positive(options, "threads")
     keep_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise ValueError(f"--device {device}: wanted cpu, cuda or cuda:NUMBER")
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: this PyTorch finds {torch.cuda.device_count()} CUDA devices")
-    return {
-        "limit": options.limit,
-        "evaluation_batch": options.batch_size,
-        "device": device,
-        "command": command,
-    }
+    return device
+
+
+def _require_positive(options: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted at least 1")
 
 
 def _is_run(folder: Path, result_format: str) -> bool:

@@ -56,7 +56,7 @@ def draw(
     except MissingPackageError as error:
         return {"": f"No figures: {error}."}
     written = {}
-    _images(folder / "images.png", images, labels)
+    contact_sheet(folder / "images.png", images, labels)
     written["images.png"] = "Synthesised images with their classes, made from the network alone."
     if result["float"] is not None:
         _accuracy(folder / "accuracy.png", result)
@@ -87,8 +87,16 @@ def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, 
     return figure, axes
 
 
-def _images(path: Path, images: Tensor, labels: Tensor) -> None:
-    """One class per row where classes have several images, else single images with their class below."""
+def contact_sheet(path: Path, images: Tensor, labels: Tensor) -> None:
+    """One class per row where classes have several images, else single images with their class below.
+
+    Args:
+        path: PNG file to write.
+        images, labels: [N, C, H, W] in any range of values, [N].
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
     classes, counts = torch.unique(labels, return_counts=True)
     by_row = int(counts.max()) >= 4
     if by_row:

@@ -237,7 +237,7 @@ class ClusterQ:
             labels=labels,
             metrics={"synthesis": list(synthesis), "finetune": metrics},
             seconds=dict(self.seconds),
-            samples_seen={"synthesis": self._samples_synthesised(), "finetune": finetune.steps * size},
+            samples_seen={"synthesis": self.samples_synthesised(), "finetune": finetune.steps * size},
         )
 
     def run(self) -> Result:
@@ -263,7 +263,8 @@ class ClusterQ:
             )
         return accuracy
 
-    def _samples_synthesised(self) -> int:
+    def samples_synthesised(self) -> int:
+        """Images that went through the teacher's loss so far; 0 for stored ones."""
         if isinstance(self.source, GeneratorSource):
             return self.source.step * self.config.synthesis.batch_size
         if isinstance(self.source, BankSource):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clusterq import figures, ops, qat, report
+from clusterq import bank, figures, ops, qat, report
 from clusterq.checkpoint import write_checkpoint
 from clusterq.config import ClusterQConfig, QuantizationConfig, WeightRange
 from clusterq.data import EvaluationSet, evaluate, open_for
-from clusterq.errors import DataError, require
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
 from clusterq.models import LoadedModel, file_sha256, load_model
 from clusterq.qat import Row
+from clusterq.readers import write_images
 from clusterq.synthesis import GeneratorSource, project_statistics
 from clusterq.versions import machine, versions
 
@@ -48,6 +49,14 @@ class Width:
     def __str__(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits}"
 
+    @staticmethod
+    def parse(text: str) -> Width:
+        """Inverse of `str`. Raises ValueError for anything but WxAy with x and y from 2 to 8."""
+        match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
+        if match is None:
+            raise ValueError(f"--bits {text!r}: wanted WxAy with x and y from 2 to 8, such as W4A4")
+        return Width(int(match[1]), int(match[2]))
+
 
 @dataclass(frozen=True)
 class RunRequest:
@@ -59,7 +68,8 @@ class RunRequest:
         output: run folder to make; `overwrite` replaces an earlier one.
         widths: one student each, all from the same images.
         config: settings; its widths are replaced by `widths`.
-        images: `images.safetensors` of an earlier run instead of synthesis.
+        images: `images.safetensors` of an earlier run, or the folder of a bank (`clusterq.bank`), instead of synthesis.
+        any_network: accept a bank that was made for another network.
         save_images: store the images in the run folder.
         limit: evaluate on the first so many images only.
         evaluation_batch: images per evaluation batch.
@@ -79,6 +89,7 @@ class RunRequest:
     normalization: str | None = None
     download: bool = False
     images: Path | None = None
+    any_network: bool = False
     save_images: bool = False
     limit: int | None = None
     evaluation_batch: int = 128
@@ -115,7 +126,8 @@ class _Run:
                 progress=False if progress is None else progress,
             )
             if request.images is not None:
-                self.method.use_images(*_read_images(request.images))
+                images = bank.open_images(request.images, self.loaded, any_network=request.any_network)
+                self.method.use_images(*images)
             self.data = open_for(self.loaded, request.data) if request.data is not None else None
         self.calibration_images = torch.empty(0)
 
@@ -248,7 +260,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
             images, labels = source.images().detach(), source.labels()
         result = _result(state, full, rows, images)
         if request.save_images:
-            _write_images(folder / "images.safetensors", images, labels)
+            write_images(folder / "images.safetensors", images, labels)
         with state.timed("report"):
             pictures = figures.draw(
                 folder,
@@ -349,26 +361,3 @@ def _end_bits(layers: Sequence[Row]) -> tuple[int | None, int | None]:
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-def _write_images(path: Path, images: Tensor, labels: Tensor) -> None:
-    safetensors = require("safetensors.torch", purpose="storing images")
-    path.write_bytes(safetensors.save({"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}))
-
-
-def _read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """Images [N, C, H, W] and labels [N] of an earlier run. Raises DataError for a file that holds anything else."""
-    safetensors = require("safetensors", purpose="reading images")
-    try:
-        tensors = require("safetensors.torch", purpose="reading images").load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DataError(f"{path} cannot be read as stored images: {error}") from error
-    if set(tensors) != {"images", "labels"}:
-        raise DataError(f"{path} holds {sorted(tensors)}; wanted images and labels")
-    images, labels = tensors["images"], tensors["labels"]
-    if images.dim() != 4 or not images.is_floating_point() or labels.dtype != torch.int64 or not len(images):
-        found = f"images {images.dtype} {list(images.shape)} and labels {labels.dtype} {list(labels.shape)}"
-        raise DataError(f"{path} holds {found}; wanted floating-point images [N, C, H, W] and int64 labels [N]")
-    if not bool(torch.isfinite(images).all()):
-        raise DataError(f"{path}: images hold a NaN or infinite value")
-    return images, labels

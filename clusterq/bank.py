@@ -1,0 +1,303 @@
+"""Banks: images made once from a network alone, kept as a folder, made larger later, used at every bit width.
+
+The folder holds `images.safetensors` (images [N, C, H, W] in the network's input space and labels [N]), `bank.json`
+(the network with its hashes, and for every part, one per run of the synthesis, settings, seed, label accuracy, loss
+terms, seconds and versions) and `images.png`, a contact sheet. It appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clusterq import figures
+from clusterq.config import ClusterQConfig, SynthesisConfig
+from clusterq.errors import DataError, MissingPackageError
+from clusterq.folders import check_writable, new_folder
+from clusterq.method import ClusterQ
+from clusterq.models import LoadedModel, file_sha256, tensors_sha256
+from clusterq.readers import read_images, read_json, write_images
+from clusterq.versions import machine, versions
+
+FORMAT, FORMAT_VERSION = "clusterq-bank", 1
+IMAGES, RECORD, SHEET = "images.safetensors", "bank.json", "images.png"
+# Loss terms are told as averages over so large a part of the steps, at the start and at the end.
+_TERM_SHARE = 20
+
+Progress = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True)
+class Bank:
+    """A bank read from its folder.
+
+    Attributes:
+        images: [N, C, H, W] in the network's input space.
+        labels: [N] int64.
+        record: content of `bank.json`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    record: Mapping[str, Any]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of all parts, in their order."""
+        return [part["seed"] for part in self.record["parts"]]
+
+
+def settings_for_bank(config: ClusterQConfig) -> ClusterQConfig:
+    """The same settings with stored images: a generator that would stream is trained to its end and then sampled.
+
+    Raises:
+        ValueError: the generator would not be trained at all.
+    """
+    return replace(config, finetune=replace(config.finetune, images="bank"))
+
+
+def make_part(
+    loaded: LoadedModel, config: ClusterQConfig, *, device: str, command: str, progress: Progress | None = None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Synthesise images for a network.
+
+    Args:
+        loaded: the network.
+        config: settings and seed; see `settings_for_bank`.
+        device: where to compute.
+        command: as typed, for the record.
+        progress: called with (phase, done, total).
+
+    Returns:
+        Images [N, C, H, W] and labels [N] on the CPU, and what `bank.json` says of them.
+
+    Raises:
+        DivergenceError: a loss term became NaN or infinite.
+    """
+    method = ClusterQ(
+        loaded.model.to(device),
+        settings_for_bank(config),
+        input_shape=loaded.input_shape,
+        num_classes=loaded.num_classes,
+        device=device,
+        progress=False if progress is None else progress,
+    )
+    start = time.perf_counter()
+    source = method.synthesize()
+    seconds = time.perf_counter() - start
+    images, labels = source.images().detach().cpu(), source.labels().cpu()
+    steps: Sequence[Mapping[str, float]] = getattr(source, "metrics", [])
+    part = {
+        "seed": config.seed,
+        "count": len(images),
+        "settings": asdict(config.synthesis),
+        "preset": config.preset,
+        "label_accuracy": 100 * method.teacher.label_accuracy(images, labels),
+        "terms": _terms(steps),
+        "samples_seen": method.samples_synthesised(),
+        "seconds": seconds,
+        "command": command,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": {**machine(), "device": device},
+    }
+    return images, labels, part
+
+
+def make(
+    loaded: LoadedModel,
+    config: ClusterQConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Bank:
+    """Make a bank and write its folder; arguments as `make_part` and `clusterq.folders.new_folder`.
+
+    Raises:
+        OutputError: the folder exists or cannot be written.
+        DivergenceError: see `make_part`.
+    """
+    check_writable(output, overwrite=overwrite)
+    images, labels, part = make_part(loaded, config, device=device, command=command, progress=progress)
+    return write(output, loaded, images, labels, [part], overwrite=overwrite)
+
+
+def extend(
+    folder: Path,
+    loaded: LoadedModel,
+    config: ClusterQConfig,
+    *,
+    device: str = "cpu",
+    command: str = "",
+    progress: Progress | None = None,
+) -> Bank:
+    """Add images to a bank: those there are stay as they are, in front.
+
+    Args:
+        folder: of the bank, replaced when the new images are made.
+        loaded: the network the bank was made for.
+        config: settings of the new part; its seed is not that of another part.
+        device, command, progress: see `make_part`.
+
+    Raises:
+        DataError: not a bank, a damaged one, or one of another network.
+        ValueError: the seed is in use: the same seed makes the same images.
+        OutputError: the folder cannot be written.
+    """
+    bank = read(folder)
+    require_network(folder, bank.record, loaded)
+    if config.seed in bank.seeds:
+        raise ValueError(f"--seed {config.seed}: a part of {folder} has this seed; the same images would come twice")
+    check_writable(folder, overwrite=True)
+    images, labels, part = make_part(loaded, config, device=device, command=command, progress=progress)
+    together = torch.cat([bank.images, images.to(bank.images.dtype)]), torch.cat([bank.labels, labels])
+    return write(folder, loaded, *together, [*bank.record["parts"], part], overwrite=True)
+
+
+def write(
+    folder: Path,
+    loaded: LoadedModel,
+    images: Tensor,
+    labels: Tensor,
+    parts: Sequence[Mapping[str, Any]],
+    *,
+    overwrite: bool = False,
+) -> Bank:
+    """Write a bank; `parts` as `make_part` describes them, in the order of their images."""
+    counts = [part["count"] for part in parts]
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "network": network_facts(loaded),
+        "label_accuracy": sum(part["label_accuracy"] * part["count"] for part in parts) / sum(counts),
+        "parts": list(parts),
+    }
+    with new_folder(folder, overwrite=overwrite) as work:
+        write_images(work / IMAGES, images, labels)
+        record["images"] = {
+            "count": len(images),
+            "shape": list(images.shape[1:]),
+            "sha256": file_sha256(work / IMAGES),
+        }
+        record["contact_sheet"] = _draw_sheet(work / SHEET, images, labels)
+        (work / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return Bank(images, labels, record)
+
+
+def read(folder: Path) -> Bank:
+    """A bank from its folder.
+
+    Raises:
+        DataError: not a bank, an unknown format version, images that are not those of the record, or a field of the
+            record that is absent or malformed.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        raise DataError(f"{folder} is not a bank of images: it has no {RECORD}")
+    record = read_json(file, DataError)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise DataError(f"{file} is not the record of a bank")
+    if record.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{folder} has bank format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}")
+    try:
+        digest, network = record["images"]["sha256"], record["network"]
+        fields = [network["tensors_sha256"], network["model"], digest, network["mean"], network["std"]]
+        counts = [(int(part["count"]), int(part["seed"]), part["settings"]) for part in record["parts"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file} is damaged: {type(error).__name__} {error}") from error
+    if not counts or any(not isinstance(value, kind) for value, kind in zip(fields, _FIELDS, strict=True)):
+        raise DataError(f"{file} is damaged: a field has another type, or there are no parts")
+    if not (folder / IMAGES).is_file() or file_sha256(folder / IMAGES) != digest:
+        raise DataError(f"{folder / IMAGES} is absent or damaged: its SHA-256 is not the one in {RECORD}")
+    images, labels = read_images(folder / IMAGES)
+    if sum(count for count, _, _ in counts) != len(images):
+        raise DataError(f"{file} is damaged: its parts do not add up to the {len(images)} images")
+    return Bank(images, labels, record)
+
+
+_FIELDS = (str, str, str, list, list)
+
+
+def open_images(path: Path, loaded: LoadedModel, *, any_network: bool = False) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W] and labels [N] for a network: a bank's folder, the file in it, or a file of a run.
+
+    Args:
+        path: folder or file.
+        loaded: the network they are for.
+        any_network: accept a bank that was made for another network. A file that belongs to no bank does not say.
+
+    Raises:
+        DataError: damaged, something else, or a bank of another network.
+    """
+    if path.is_dir():
+        folder = path
+    elif path.name == IMAGES and (path.parent / RECORD).is_file():
+        folder = path.parent
+    else:
+        return read_images(path)
+    bank = read(folder)
+    if not any_network:
+        require_network(folder, bank.record, loaded)
+    return bank.images, bank.labels
+
+
+def require_network(folder: Path, record: Mapping[str, Any], loaded: LoadedModel) -> None:
+    """Raises DataError where a bank was made for a network with other tensors."""
+    made, here = record["network"]["tensors_sha256"], tensors_sha256(loaded.model.state_dict())
+    if made != here:
+        raise DataError(
+            f"{folder} was made for another network ({record['network']['model']}, tensors {made[:12]}) than this one "
+            f"(tensors {here[:12]}); --any-network uses it all the same"
+        )
+
+
+def network_facts(loaded: LoadedModel) -> dict[str, Any]:
+    """What identifies a network. The hash of the tensors is the same whatever file they came from."""
+    return {
+        **asdict(loaded.source),
+        "tensors_sha256": tensors_sha256(loaded.model.state_dict()),
+        "parameters": sum(p.numel() for p in loaded.model.parameters()),
+        "input_shape": list(loaded.input_shape),
+        "num_classes": loaded.num_classes,
+        "mean": list(loaded.mean),
+        "std": list(loaded.std),
+    }
+
+
+def last_settings(bank: Bank) -> SynthesisConfig:
+    """Settings of the newest part. Raises DataError for a setting that this version does not know."""
+    settings = bank.record["parts"][-1]["settings"]
+    try:
+        return ClusterQConfig.from_dict({"synthesis": settings}).synthesis
+    except ValueError as error:
+        raise DataError(f"the bank's own settings cannot be used: {error}") from error
+
+
+def _terms(steps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Loss term -> its average over the first and over the last steps that have it."""
+    terms: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(key for step in steps for key in step if key != "step"):
+        values = [step[name] for step in steps if name in step]
+        few = max(1, len(values) // _TERM_SHARE)
+        terms[name] = {"first": sum(values[:few]) / few, "last": sum(values[-few:]) / few}
+    return terms
+
+
+def _draw_sheet(path: Path, images: Tensor, labels: Tensor) -> str:
+    """Name of the contact sheet, or why there is none."""
+    try:
+        figures.contact_sheet(path, images, labels)
+    except MissingPackageError as error:
+        return f"not drawn: {error}"
+    return path.name
