@@ -83,7 +83,7 @@ def make_part(
         DivergenceError: a loss term became NaN or infinite.
     """
     method = ClusterQ(
-        loaded.model.to(device),
+        loaded.model,
         settings_for_bank(config),
         input_shape=loaded.input_shape,
         num_classes=loaded.num_classes,
@@ -209,7 +209,9 @@ def read(folder: Path) -> Bank:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(f"{file} is not the record of a bank")
     if record.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{folder} has bank format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}")
+        raise DataError(
+            f"{folder} has bank format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}"
+        )
     try:
         digest, network = record["images"]["sha256"], record["network"]
         fields = [network["tensors_sha256"], network["model"], digest, network["mean"], network["std"]]

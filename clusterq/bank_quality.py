@@ -143,6 +143,7 @@ def diversity(features: Tensor, labels: Tensor) -> tuple[float | None, float | N
 def describe(quality: Quality) -> str:
     """The findings as text for a terminal."""
     classes = len(quality.counts)
+    pixels = quality.pixels
     fewest, most = min(quality.counts), max(quality.counts)
     lines = [f"{sum(quality.counts)} images, {classes} classes, {fewest} to {most} images each"]
     if classes <= _FEW_CLASSES:
@@ -154,8 +155,8 @@ def describe(quality: Quality) -> str:
         f"{quality.label_confidence:.1f} %, of its best class {quality.top_confidence:.1f} %",
         f"diversity {_number(quality.diversity)} (distance within a class {_number(quality.within)}, between classes "
         f"{_number(quality.between)}; 0: a class repeats one image, 1: as far apart as classes are)",
-        "pixels {min:.2f} to {max:.2f}, mean {mean:.2f}, std {std:.2f}".format(**quality.pixels)
-        + ("" if quality.pixels["outside"] is None else f"; {quality.pixels['outside']:.1f} % beyond real pixels"),
+        f"pixels {_number(pixels['min'])} to {_number(pixels['max'])}, mean {_number(pixels['mean'])}, std "
+        f"{_number(pixels['std'])}; {_number(pixels['outside'])} % of the values beyond those of real pixels",
         "BatchNorm layer  channels  mean off by  std off by",
     ]
     for index, layer in enumerate(quality.layers):
@@ -170,7 +171,7 @@ def _alignment(teacher: Teacher, mean: Tensor, var: Tensor) -> list[LayerAlignme
     remembered = (teacher.running_var + teacher.eps).double().sqrt().cpu()
     mean_error = (together - teacher.running_mean.double().cpu()).abs() / remembered
     std_error = (spread - remembered).abs() / remembered
-    parts = zip(mean_error.split(list(teacher.channels)), std_error.split(list(teacher.channels)), strict=True)
+    parts = zip(*(torch.split(error, list(teacher.channels)) for error in (mean_error, std_error)), strict=True)
     return [LayerAlignment(len(a), float(a.mean()), float(b.mean())) for a, b in parts]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clusterq.cli import PRESETS, _add, _add_machine, _add_model, _input, _machine
+from clusterq.cli import PRESETS, _add, _add_machine, _add_model, _input, _machine, _require_positive
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import DataError
 from clusterq.progress import ConsoleProgress
@@ -20,6 +20,7 @@ from clusterq.settings import override
 def add_commands(commands: Any) -> None:
     """Both commands to the command line's parser."""
     _add_synthesize(commands)
+    _add_ablate(commands)
 
 
 def _add_synthesize(commands: Any) -> None:
@@ -139,4 +140,65 @@ def _inspect(options: argparse.Namespace, device: str) -> int:
         print(f"part of {part['count']} images: seed {part['seed']}, {part['seconds']:.0f} s, {part['command']}")
     if options.any_network:
         print("inspected without asking whether it was made for this network", file=sys.stderr)
+    return 0
+
+
+def _add_ablate(commands: Any) -> None:
+    ablate = _add(commands, "ablate", _ablate, "run the rows of a table with seeds, or write their results as a page")
+    ablate.add_argument("table", nargs="?", type=Path, help="TABLE.toml or .yaml: [base], [[row]] (see the README)")
+    ablate.add_argument(
+        "--render", nargs="+", type=Path, metavar="RESULTS.json", help="write a Markdown page from results instead"
+    )
+    ablate.add_argument(
+        "--output", type=Path, help="folder of the results (default: runs/TABLE); of --render, the .md file"
+    )
+    ablate.add_argument("--jobs", type=int, metavar="N", help="processes at a time (default: cores / threads)")
+    ablate.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="in place of the table's")
+    ablate.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="in every row, last"
+    )
+    _add_machine(ablate)
+
+
+def _ablate(options: argparse.Namespace, command: str) -> int:
+    if (options.table is None) == (options.render is None):
+        raise ValueError("wanted a table to run or --render RESULTS.json, one of them")
+    if options.render is not None:
+        return _render(options, command)
+    from clusterq.ablation import page
+    from clusterq.ablation.run import run_table
+    from clusterq.ablation.table import read_table
+
+    _require_positive(options, "jobs")
+    table = read_table(options.table, assignments=options.set, seeds=options.seeds)
+    if options.threads is not None:
+        table = replace(table, threads=options.threads)
+    device = _machine(options)
+    output = options.output or Path("runs", table.name)
+
+    def notify(text: str) -> None:
+        if not options.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    try:
+        results = run_table(table, output, jobs=options.jobs, device=device, command=command, notify=notify)
+    except KeyboardInterrupt:
+        print(f"clusterq: interrupted; the same command continues with what {output} holds", file=sys.stderr)
+        return 130
+    print(json.dumps(results, indent=2) if options.json else page.terminal(results))
+    for cell in results["failed"]:
+        where = f"{cell['row']}, {cell['bits']}, seed {cell['seed']}"
+        print(f"clusterq: error: {where}: {cell['reason']}", file=sys.stderr)
+    return 2 if results["failed"] else 0
+
+
+def _render(options: argparse.Namespace, command: str) -> int:
+    from clusterq.ablation import page
+    from clusterq.ablation.results import read_results
+    from clusterq.folders import write_file
+
+    if options.output is None:
+        raise ValueError("--render: give --output, the Markdown file to write")
+    found = [(path.as_posix(), read_results(path)) for path in options.render]
+    write_file(options.output, page.render(found, command).encode())
     return 0

@@ -72,13 +72,15 @@ def draw(
     return written
 
 
-def _figure(columns: int, rows: int, width: float, height: float) -> tuple[Any, list[Any]]:
-    """A figure of `columns` x `rows` plots, width and height in inches."""
+def new_figure(
+    columns: int, rows: int, width: float, height: float, *, share_rows: bool = False
+) -> tuple[Any, list[Any]]:
+    """A figure of `columns` x `rows` plots, width and height in inches; `share_rows`: one vertical axis per row."""
     figure_module = require("matplotlib.figure", purpose="drawing the figures", extra="viz")
     agg = require("matplotlib.backends.backend_agg", purpose="drawing the figures", extra="viz")
     figure = figure_module.Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     agg.FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_rows else False).flatten().tolist()
     for plot in axes:
         plot.spines[["top", "right"]].set_visible(False)
         plot.spines[["left", "bottom"]].set_color(MUTED)
@@ -115,7 +117,7 @@ def contact_sheet(path: Path, images: Tensor, labels: Tensor) -> None:
     canvas = torch.ones(len(rows) * (height + gap_y) - gap_x, columns * (width + gap_x) - gap_x, 3)
     cell = 0.52 if width <= 64 else 0.8
     scale = cell / (width + gap_x)
-    figure, axes = _figure(1, 1, max(scale * canvas.shape[1] + 0.6, 2.5), scale * canvas.shape[0] + 0.1)
+    figure, axes = new_figure(1, 1, max(scale * canvas.shape[1] + 0.6, 2.5), scale * canvas.shape[0] + 0.1)
     plot = axes[0]
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
@@ -146,7 +148,7 @@ def _displayable(image: Tensor) -> Tensor:
 
 def _accuracy(path: Path, result: Mapping[str, Any]) -> None:
     rows = result["widths"]
-    figure, axes = _figure(1, 1, max(2.2 * len(rows) + 1.6, 4.6), 3.2)
+    figure, axes = new_figure(1, 1, max(2.2 * len(rows) + 1.6, 4.6), 3.2)
     plot = axes[0]
     full = result["float"]["top1"]
     for index, (key, (name, colour)) in enumerate(BARS.items()):
@@ -195,7 +197,7 @@ def _curves(path: Path, metrics: Sequence[Mapping[str, Any]]) -> None:
     synthesis = [step for step in metrics if step["phase"] == "synthesis"]
     finetune = [step for step in metrics if step["phase"] == "finetune"]
     panels = (2 if synthesis else 0) + (1 if finetune else 0)
-    figure, axes = _figure(panels, 1, 3.6 * panels + 0.4, 3.1)
+    figure, axes = new_figure(panels, 1, 3.6 * panels + 0.4, 3.1)
     if synthesis:
         terms = [k for k in synthesis[0] if k not in ("phase", "step", "label_accuracy", "total")]
         terms += [k for step in synthesis[-1:] for k in step if k in ("alignment", "diversity") and k not in terms]
@@ -247,7 +249,7 @@ def _label(plot: Any, title: str, ylabel: str, *, log: bool = False) -> None:
 
 def _separability(path: Path, panels: Mapping[str, tuple[Tensor, Tensor]]) -> None:
     """The same class has the same colour in every panel; beyond ten classes the less frequent ones are grey."""
-    figure, axes = _figure(len(panels), 1, 3.7 * len(panels) + 0.3, 3.7)
+    figure, axes = new_figure(len(panels), 1, 3.7 * len(panels) + 0.3, 3.7)
     classes, counts = torch.unique(torch.cat([labels for _, labels in panels.values()]), return_counts=True)
     shown = classes[counts.argsort(descending=True, stable=True)[: len(_CLASSES)]].sort().values
     for plot, (title, (points, labels)) in zip(axes, panels.items(), strict=True):

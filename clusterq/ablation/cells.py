@@ -1,0 +1,326 @@
+"""One cell of an ablation, a row with one seed at one width, and the images it shares with others.
+
+Every function here runs in any process and leaves its result as a file that is there whole or not at all. The name of
+the file is a hash of all that the numbers depend on: the network's tensors, the data, sections, settings, seed,
+threads, device and the code. So what is there is never made again, and what has changed always is.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import clusterq
+from clusterq import bank
+from clusterq.config import ClusterQConfig
+from clusterq.data import EvaluationSet, evaluate, open_for
+from clusterq.errors import DataError, ModelError
+from clusterq.folders import write_file
+from clusterq.method import ClusterQ
+from clusterq.models import LoadedModel, load_model
+from clusterq.ops._build import build_record
+from clusterq.readers import read_json
+from clusterq.run import Width
+from clusterq.synthesis import Teacher
+from clusterq.versions import machine, versions
+
+FORMAT, FORMAT_VERSION = "clusterq-ablation-cell", 1
+CELLS, IMAGES = "cells", "synthesis"
+_KEY_LENGTH = 20
+# Code that shows numbers and makes none: a change there makes nothing run again.
+_SHOWING = (
+    "ablation/page.py", "ablation/plot.py", "ablation/pool.py", "ablation/results.py", "bank_quality.py", "cli.py",
+    "cli_method.py", "diagnosis.py", "export.py", "figures.py", "progress.py", "report.py",
+)  # fmt: skip
+_SHOWING_FOLDERS = ("deploy",)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all cells of a table have in common. Hashable, and sent to every process.
+
+    Attributes:
+        model, weights, data: variables replaced.
+        inputs: items for `load_model`.
+        sections: name -> (first image, one past the last).
+        network_sha256: of the network's tensors, compared in every process.
+        data_sha256: of the set's name, size and labels.
+        threads, jobs, device: where it is computed; `jobs` processes at a time share the machine.
+        folder: of the ablation.
+        command: as typed.
+        code: see `code_identity`.
+    """
+
+    model: str
+    weights: str | None
+    data: str
+    inputs: tuple[tuple[str, Any], ...]
+    sections: tuple[tuple[str, tuple[int, int]], ...]
+    network_sha256: str
+    data_sha256: str
+    threads: int
+    jobs: int
+    device: str
+    folder: Path
+    command: str
+    code: tuple[tuple[str, str | None], ...]
+
+    @property
+    def numbers_depend_on(self) -> dict[str, Any]:
+        """Part of every key."""
+        return {
+            "network": self.network_sha256,
+            "threads": self.threads,
+            "device": self.device,
+            "code": dict(self.code)["sha256"],
+        }
+
+
+@dataclass(frozen=True)
+class SynthesisWork:
+    """Images for every cell with these synthesis settings and this seed."""
+
+    shared: Shared
+    config: ClusterQConfig
+
+    @property
+    def key(self) -> str:
+        """Name of the bank."""
+        settings = asdict(self.config.synthesis)
+        return _key({**self.shared.numbers_depend_on, "synthesis": settings, "seed": self.config.seed})
+
+
+@dataclass(frozen=True)
+class StudentWork:
+    """The students of one row and seed that take their images from one place.
+
+    Attributes:
+        config: settings with the seed.
+        widths: one cell each.
+        images: section of the data whose images are used, None: synthesised ones.
+    """
+
+    shared: Shared
+    config: ClusterQConfig
+    widths: tuple[Width, ...]
+    images: tuple[int, int] | None
+
+    @property
+    def synthesis(self) -> SynthesisWork | None:
+        """Whose images it needs; None for real images and for a generator that trains beside the student."""
+        streams = self.config.finetune.images == "stream"
+        return None if streams or self.images is not None else SynthesisWork(self.shared, self.config)
+
+    def key(self, width: Width) -> str:
+        """Name of a cell."""
+        settings = _at(self.config, width).to_dict()
+        # The name of a preset makes no difference once its settings are there.
+        settings.pop("preset")
+        content = {**self.shared.numbers_depend_on, "data": self.shared.data_sha256, "images": self.images}
+        return _key({**content, "sections": dict(self.shared.sections), "config": settings})
+
+
+Work = SynthesisWork | StudentWork
+
+
+def carry_out(work: Work) -> None:
+    """Do one piece of work and write its files; what is there already is left alone.
+
+    Raises:
+        ClusterQError, RuntimeError and others that a run may raise; nothing half-written stays behind.
+    """
+    torch.set_num_threads(work.shared.threads)
+    loaded, data = _opened(work.shared)
+    if isinstance(work, SynthesisWork):
+        _synthesise(work, loaded)
+    else:
+        _train(work, loaded, data)
+
+
+def cell_path(folder: Path, key: str) -> Path:
+    """File of a cell."""
+    return folder / CELLS / f"{key}.json"
+
+
+def bank_path(folder: Path, key: str) -> Path:
+    """Folder of shared images."""
+    return folder / IMAGES / key
+
+
+def read_cell(folder: Path, key: str) -> dict[str, Any] | None:
+    """A finished cell, None where there is none. Raises DataError for a damaged file."""
+    path = cell_path(folder, key)
+    if not path.is_file():
+        return None
+    cell = read_json(path, DataError)
+    if not isinstance(cell, dict) or (cell.get("format"), cell.get("format_version")) != (FORMAT, FORMAT_VERSION):
+        raise DataError(f"{path} is not a cell of an ablation; remove it to have it made again")
+    return cell
+
+
+def accuracy_by_section(
+    model: nn.Module, data: EvaluationSet, sections: Mapping[str, tuple[int, int]], *, device: str
+) -> dict[str, float]:
+    """Top-1 in percent on every section, each image run once however many sections it is in."""
+    ends = sorted({end for section in sections.values() for end in section})
+    hits: dict[int, int] = {}
+    for start, stop in itertools.pairwise(ends):
+        if any(first <= start and stop <= last for first, last in sections.values()):
+            result = evaluate(model, part_of(data, start, stop), device=device)
+            hits[start] = round(result.top1 * result.count / 100)
+    return {
+        name: 100 * sum(count for start, count in hits.items() if first <= start < last) / (last - first)
+        for name, (first, last) in sections.items()
+    }
+
+
+def part_of(data: EvaluationSet, start: int, stop: int) -> EvaluationSet:
+    """Images `start` to `stop` of a set."""
+    return EvaluationSet(data.name, lambda index: data[start + index][0], data.labels[start:stop], data.num_classes)
+
+
+def data_identity(data: EvaluationSet) -> str:
+    """SHA-256 of a set's name, size and labels."""
+    labels = data.labels.to(torch.int64).contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{data.name} {len(data)}\n".encode() + labels).hexdigest()
+
+
+@functools.lru_cache(maxsize=1)
+def code_identity() -> tuple[tuple[str, str | None], ...]:
+    """`version`, `commit` of the checkout (None where there is none) and `sha256` of the code that makes numbers.
+
+    The hash stands for the commit in keys: it tells uncommitted changes too, and a commit to the documentation does not
+    make hours of rows run again. Code that only shows numbers is left out, compiled kernels are in by their sources.
+    """
+    package = Path(clusterq.__file__).resolve().parent
+    digest = hashlib.sha256(json.dumps(build_record().get("source_digest", {}), sort_keys=True).encode())
+    for path in sorted(package.rglob("*.py")):
+        name = path.relative_to(package).as_posix()
+        if name not in _SHOWING and name.split("/", 1)[0] not in _SHOWING_FOLDERS:
+            digest.update(f"{name}\n".encode() + path.read_bytes())
+    return (("version", clusterq.__version__), ("commit", _commit(package.parent)), ("sha256", digest.hexdigest()))
+
+
+def _commit(folder: Path) -> str | None:
+    if not (folder / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _key(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
+
+
+def _at(config: ClusterQConfig, width: Width) -> ClusterQConfig:
+    quantization = replace(config.quantization, weight_bits=width.weight_bits, activation_bits=width.activation_bits)
+    return replace(config, quantization=quantization)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(shared: Shared) -> tuple[LoadedModel, EvaluationSet]:
+    """Network and data, once per process."""
+    loaded = load_model(shared.model, shared.weights, **dict(shared.inputs))
+    data = open_for(loaded, shared.data)
+    same = bank.network_facts(loaded)["tensors_sha256"] == shared.network_sha256
+    if not same or data_identity(data) != shared.data_sha256:
+        raise ModelError("the network or the data changed while the ablation was running")
+    return loaded, data
+
+
+def _synthesise(work: SynthesisWork, loaded: LoadedModel) -> None:
+    shared, folder = work.shared, bank_path(work.shared.folder, work.key)
+    if folder.exists():
+        return
+    images, labels, part = bank.make_part(loaded, work.config, device=shared.device, command=shared.command)
+    bank.write(folder, loaded, images, labels, [part])
+
+
+def _train(work: StudentWork, loaded: LoadedModel, data: EvaluationSet) -> None:
+    shared = work.shared
+    left = [width for width in work.widths if read_cell(shared.folder, work.key(width)) is None]
+    if not left:
+        return
+    method = ClusterQ(
+        loaded.model,
+        _at(work.config, left[0]),
+        input_shape=loaded.input_shape,
+        num_classes=loaded.num_classes,
+        device=shared.device,
+    )
+    synthesis = work.synthesis
+    seconds, samples = 0.0, 0
+    if work.images is not None:
+        method.use_images(*_unlabelled(method.teacher, data, *work.images))
+    elif synthesis is not None:
+        stored = bank.read(bank_path(shared.folder, synthesis.key))
+        method.use_images(stored.images, stored.labels)
+        seconds, samples = stored.record["parts"][0]["seconds"], stored.record["parts"][0]["samples_seen"]
+    else:
+        start = time.perf_counter()
+        method.synthesize()
+        seconds = time.perf_counter() - start
+    for width in left:
+        result = method.finetune(_at(work.config, width).quantization)
+        start = time.perf_counter()
+        accuracy = accuracy_by_section(result.student, data, dict(shared.sections), device=shared.device)
+        spent = {"synthesis": seconds, **{name: result.seconds[name] for name in ("calibration", "finetune")}}
+        cell = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "key": work.key(width),
+            "bits": str(width),
+            "seed": work.config.seed,
+            "accuracy": accuracy,
+            "label_accuracy": 100 * result.label_accuracy,
+            "agreement": _agreement(result.student, method.teacher, result.images),
+            "images": len(result.images),
+            "samples_seen": {
+                "synthesis": samples or result.samples_seen["synthesis"],
+                "finetune": result.samples_seen["finetune"],
+            },
+            "seconds": {**spent, "total": sum(spent.values()), "evaluation": time.perf_counter() - start},
+            "synthesis": None if synthesis is None else synthesis.key,
+            "command": shared.command,
+            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "code": dict(shared.code),
+            "versions": versions(),
+            "machine": {**machine(), "device": shared.device, "jobs": shared.jobs},
+        }
+        write_file(cell_path(shared.folder, work.key(width)), (json.dumps(cell, indent=2) + "\n").encode())
+
+
+def _unlabelled(teacher: Teacher, data: EvaluationSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Real images of a section with the classes that the network gives them: their own labels stay unused."""
+    images, labels = [], []
+    for part, _ in part_of(data, start, stop).batches(256):
+        images.append(part.to(teacher.dtype))
+        with torch.no_grad():
+            labels.append(teacher.model(part.to(teacher.device, teacher.dtype)).argmax(1).cpu())
+    return torch.cat(images), torch.cat(labels)
+
+
+@torch.no_grad()
+def _agreement(student: nn.Module, teacher: Teacher, images: Tensor) -> float:
+    """Percent of images [N, C, H, W] to which both networks give the same class."""
+    same = 0
+    for part in torch.split(images, 256):
+        part = part.to(teacher.device)
+        same += int((student(part).argmax(1) == teacher.model(part).argmax(1)).sum())
+    return 100 * same / len(images)
