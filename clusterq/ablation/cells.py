@@ -39,10 +39,11 @@ from clusterq.versions import machine, versions
 FORMAT, FORMAT_VERSION = "clusterq-ablation-cell", 1
 CELLS, IMAGES = "cells", "synthesis"
 _KEY_LENGTH = 20
-# Code that shows numbers and makes none: a change there makes nothing run again.
+# Code that reads settings, all of which are in the keys, or shows numbers: a change there makes nothing run again.
 _SHOWING = (
-    "ablation/page.py", "ablation/plot.py", "ablation/pool.py", "ablation/results.py", "bank_quality.py", "cli.py",
-    "cli_method.py", "diagnosis.py", "export.py", "figures.py", "progress.py", "report.py",
+    "ablation/page.py", "ablation/plot.py", "ablation/pool.py", "ablation/results.py", "ablation/run.py",
+    "ablation/table.py", "bank_quality.py", "cli.py", "cli_method.py", "diagnosis.py", "export.py", "figures.py",
+    "progress.py", "report.py",
 )  # fmt: skip
 _SHOWING_FOLDERS = ("deploy",)
 

@@ -56,13 +56,7 @@ def _file(name: str, result: Mapping[str, Any]) -> list[str]:
     parts += [_width(result, bits) for bits in all_bits(result)]
     ceilings = [row for row in result["rows"] if not row["data_free"]]
     if ceilings:
-        parts.append(
-            "\n".join(
-                f"- {_text(row['name'])}, {NOT_DATA_FREE}: {_text(row['images'])}. It shows what better images could "
-                "give this student." + _warning(row)
-                for row in ceilings
-            )
-        )
+        parts.append("\n".join(_ceiling(row) for row in ceilings))
     if result["failed"]:
         parts.append(
             "Failed or not run:\n\n"
@@ -74,10 +68,15 @@ def _file(name: str, result: Mapping[str, Any]) -> list[str]:
     return [*parts, _settings(result), _origin(result)]
 
 
-def _warning(row: Mapping[str, Any]) -> str:
+def _ceiling(row: Mapping[str, Any]) -> str:
+    first, last = row["section"]
+    text = (
+        f"- {_text(row['name'])} is {NOT_DATA_FREE}: real images {first} to {last} of the data, without their labels, "
+        "take the place of synthesised ones. It shows what better images could give this student."
+    )
     if not row["trained_on"]:
-        return ""
-    return f" Figures in parentheses ({', '.join(row['trained_on'])}) are partly on images that it was trained on."
+        return text
+    return f"{text} Figures in parentheses ({', '.join(row['trained_on'])}) are partly on images it was trained on."
 
 
 def _width(result: Mapping[str, Any], bits: str) -> str:
@@ -112,11 +111,16 @@ def _numbers(result: Mapping[str, Any], row: Mapping[str, Any], cells: Sequence[
 
 
 def _settings(result: Mapping[str, Any]) -> str:
-    lines = ["| row | preset | settings beside the preset's |", "|---|---|---|"]
+    """What every row has, and one line per row with what is its own."""
+    everywhere = [
+        f"In every row, {when}: {' '.join(map(_code, result['settings'][key]))}"
+        for key, when in (("base", "before its own"), ("command", "after its own, from the command"))
+        if result["settings"][key]
+    ]
+    lines = ["| row | preset | own settings |", "|---|---|---|"]
     for row in result["rows"]:
-        settings = " ".join(_code(text) for text in row["settings"]) or "none"
-        lines.append(f"| {_text(row['name'])} | {row['preset']} | {settings} |")
-    return "\n".join(lines)
+        lines.append(f"| {_text(row['name'])} | {row['preset']} | {' '.join(map(_code, row['settings'])) or '-'} |")
+    return "\n\n".join([*everywhere, "\n".join(lines)])
 
 
 def _origin(result: Mapping[str, Any]) -> str:

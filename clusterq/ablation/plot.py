@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Any]) -> bytes | str:
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     first, last = results["sections"][_SECTION]
     figure.supxlabel(
-        f"top-1, % on images {first} to {last} of {results['data']['name']}: mean, standard deviation, seeds",
+        f"top-1 in % on images {first} to {last} of {results['data']['name']}; mean, deviation, small dots: seeds",
         fontsize=8,
         color=MUTED,
     )
@@ -48,7 +48,7 @@ def draw(results: Mapping[str, Any]) -> bytes | str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return row["name"] if row["data_free"] else f"{row['name']} (real images)"
+    return row["name"] if row["data_free"] else f"{row['name']} (not data-free)"
 
 
 def _panel(plot: Any, rows: Sequence[Mapping[str, Any]], bits: str, full: float) -> None:
@@ -59,7 +59,9 @@ def _panel(plot: Any, rows: Sequence[Mapping[str, Any]], bits: str, full: float)
         colour = _DATA_FREE if row["data_free"] else _REAL
         mean = statistics.fmean(values)
         if len(values) > 1:
-            plot.scatter(values, [place] * len(values), s=9, color=colour, alpha=0.35, linewidths=0, zorder=2)
+            # Above the line of the spread, which would hide them.
+            above = [place - 0.24] * len(values)
+            plot.scatter(values, above, s=10, color=colour, alpha=0.45, linewidths=0, zorder=2)
             spread = statistics.stdev(values)
             plot.errorbar(mean, place, xerr=spread, color=colour, linewidth=1.4, capsize=3, zorder=3)
         plot.plot(

@@ -22,7 +22,6 @@ from clusterq.versions import machine, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-ablation", 1
 JSON, CSV, PICTURE = "results.json", "results.csv", "results.png"
-DATA_FREE, REAL = "synthesised", "REAL, without labels: not data-free"
 
 
 def gather(
@@ -64,7 +63,8 @@ def gather(
                 "preset": row.config.preset,
                 "settings": list(row.assignments),
                 "bits": [str(width) for width in row.widths],
-                "images": DATA_FREE if section is None else f"{REAL} (images {section[0]} to {section[1]} of the data)",
+                "images": "synthesised" if section is None else "NOT DATA-FREE: real images {}:{}".format(*section),
+                "section": section,
                 "data_free": section is None,
                 # A student may know the images of these sections: it was trained on some of them, without labels.
                 "trained_on": [] if section is None else _overlapping(section, dict(shared.sections)),
@@ -82,6 +82,7 @@ def gather(
         "data": {"name": data.name, "images": len(data), "sha256": shared.data_sha256},
         "sections": {name: list(section) for name, section in shared.sections},
         "seeds": list(table.seeds),
+        "settings": {"base": list(table.base), "command": list(table.last)},
         "float": dict(full),
         "rows": rows,
         "failed": failed,
@@ -116,7 +117,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def as_csv(results: Mapping[str, Any]) -> str:
     """One line per cell, with all that is needed to make it again or to distrust it."""
-    sections = list(results["sections"])
+    sections, common = list(results["sections"]), results["settings"]
     lines = []
     for row in results["rows"]:
         for cell in row["cells"]:
@@ -139,7 +140,7 @@ def as_csv(results: Mapping[str, Any]) -> str:
                     **{f"seconds_{phase}": round(value, 3) for phase, value in cell["seconds"].items()},
                     "synthesis": cell["synthesis"] or "",
                     "preset": row["preset"],
-                    "settings": " ".join(row["settings"]),
+                    "settings": " ".join([*common["base"], *row["settings"], *common["command"]]),
                     "model": results["network"]["model"],
                     "weights_sha256": results["network"]["weights_sha256"],
                     "data": results["data"]["name"],

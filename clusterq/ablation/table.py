@@ -59,7 +59,7 @@ class Row:
     Attributes:
         name: shown in results.
         widths: one student each per seed.
-        assignments: all settings as for `--set`, the base's first.
+        assignments: its own settings as for `--set`; the base's come before, those of the command after them.
         config: the settings with seed 0 and the first width.
         images: section of the data whose images take the place of synthesised ones, None: data-free.
     """
@@ -83,6 +83,7 @@ class Table:
         seeds: every row runs with each.
         threads: per process.
         sections: `choose`, `report`, `all` -> part of the data, see `section_range`.
+        base, last: settings as for `--set` that every row has before and after its own.
         rows: in the file's order.
     """
 
@@ -95,6 +96,8 @@ class Table:
     seeds: tuple[int, ...]
     threads: int
     sections: Mapping[str, str]
+    base: tuple[str, ...]
+    last: tuple[str, ...]
     rows: tuple[Row, ...]
 
 
@@ -129,7 +132,8 @@ def read_table(path: Path, *, assignments: Sequence[str] = (), seeds: Sequence[i
     threads = _typed(base.get("threads", 1), int, f"{where} threads")
     if threads < 1:
         raise TableError(f"{where}: threads is {threads}; wanted at least 1")
-    checked = tuple(_row(row, base, list(assignments), f"{path.name} row {i + 1}") for i, row in enumerate(rows))
+    first = _assignments(base.get("settings", []), f"{where} settings")
+    checked = tuple(_row(row, base, first, assignments, f"{path.name} row {i + 1}") for i, row in enumerate(rows))
     names = [row.name for row in checked]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -144,6 +148,8 @@ def read_table(path: Path, *, assignments: Sequence[str] = (), seeds: Sequence[i
         tuple(own_seeds),
         threads,
         _sections(base["evaluate"], f"{where} evaluate"),
+        tuple(first),
+        tuple(assignments),
         checked,
     )
 
@@ -206,7 +212,7 @@ def _toml_parser() -> Any:
     return require("tomli", purpose="reading a .toml table with Python 3.10")
 
 
-def _row(row: Mapping[str, Any], base: Mapping[str, Any], last: list[str], where: str) -> Row:
+def _row(row: Mapping[str, Any], base: Mapping[str, Any], first: Sequence[str], last: Sequence[str], where: str) -> Row:
     if "name" not in row:
         raise TableError(f"{where}: name is missing")
     name = _typed(row["name"], str, f"{where} name").strip()
@@ -215,11 +221,7 @@ def _row(row: Mapping[str, Any], base: Mapping[str, Any], last: list[str], where
         raise TableError(f"{where}: wanted a name of one line without '|'")
     _known(row, _ROW_KEYS, where)
     texts = _list_of(row.get("bits", base.get("bits", ["W4A4"])), str, f"{where} bits")
-    assignments = [
-        *_assignments(base.get("settings", []), f"{where}, settings of the base"),
-        *_assignments(row.get("settings", []), f"{where} settings"),
-        *last,
-    ]
+    own = _assignments(row.get("settings", []), f"{where} settings")
     images = None
     if "images" in row:
         text = _typed(row["images"], str, f"{where} images")
@@ -229,14 +231,15 @@ def _row(row: Mapping[str, Any], base: Mapping[str, Any], last: list[str], where
         section_range(images, sys.maxsize)
     try:
         widths = tuple(Width.parse(text) for text in texts)
-        config = override(preset(_typed(row.get("preset", base.get("preset", "default")), str, "preset")), assignments)
+        start = preset(_typed(row.get("preset", base.get("preset", "default")), str, "preset"))
+        config = override(start, [*first, *own, *last])
         if images is not None:
             config = replace(config, finetune=replace(config.finetune, images="bank"))
     except ValueError as error:
         raise TableError(f"{where}: {error}") from error
     if not widths or len(set(widths)) != len(widths):
         raise TableError(f"{where}: bits are {texts}; wanted one or more different widths")
-    return Row(name, widths, tuple(assignments), config, images)
+    return Row(name, widths, tuple(own), config, images)
 
 
 def _assignments(settings: Any, where: str) -> list[str]:
