@@ -109,7 +109,18 @@ def test_quantize_takes_the_folder_the_file_in_it_and_a_bare_file(place: nn.Modu
     (Path("bare.safetensors")).write_bytes(Path("bank/images.safetensors").read_bytes())
     students = []
     for images in ("bank", "bank/images.safetensors", "bare.safetensors", None):
-        words = ["quantize", *MODEL, "--data", "set.npz", "--output", "out", "--overwrite", "--quiet", "--device", "cpu"]
+        words = [
+            "quantize",
+            *MODEL,
+            "--data",
+            "set.npz",
+            "--output",
+            "out",
+            "--overwrite",
+            "--quiet",
+            "--device",
+            "cpu",
+        ]
         assert main([*words, *(["--images", images] if images else []), "--set", *FAST]) == 0
         students.append(Path("out/checkpoints/W4A4/model.safetensors").read_bytes())
     # The seed is the same: images from the bank train the student that synthesis would.
@@ -164,9 +175,7 @@ def test_damaged_banks_are_refused(place: nn.Module, capsys: pytest.CaptureFixtu
         (["--output", "new", "--threads", "0"], "--threads is 0"),
     ],
 )
-def test_bad_requests(
-    place: nn.Module, capsys: pytest.CaptureFixture[str], words: list[str], part: str
-) -> None:
+def test_bad_requests(place: nn.Module, capsys: pytest.CaptureFixture[str], words: list[str], part: str) -> None:
     _make()
     capsys.readouterr()
     _refused(capsys, _synthesize(*words), part)
