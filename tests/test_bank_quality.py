@@ -54,7 +54,8 @@ def test_alignment_confidence_and_counts(images: tuple[Tensor, Tensor]) -> None:
         chances = model(pictures).softmax(1)
     assert quality.counts == [4, 2, 0, 5]
     assert quality.label_accuracy == pytest.approx(100 * float((chances.argmax(1) == labels).double().mean()))
-    assert quality.label_confidence == pytest.approx(100 * sum(float(p[y]) for p, y in zip(chances, labels)) / 11)
+    own = [float(chance[label]) for chance, label in zip(chances, labels, strict=True)]
+    assert quality.label_confidence == pytest.approx(100 * sum(own) / 11)
     assert quality.top_confidence == pytest.approx(100 * float(chances.amax(1).mean()))
 
 

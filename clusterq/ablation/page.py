@@ -96,11 +96,11 @@ def _width(result: Mapping[str, Any], bits: str) -> str:
 
 
 def _numbers(result: Mapping[str, Any], row: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> str:
+    accuracies = {name: [cell["accuracy"][name] for cell in cells] for name in _SECTIONS}
     found = []
-    for name in _SECTIONS:
-        text = _spread([cell["accuracy"][name] for cell in cells])
+    for name, values in [*accuracies.items(), ("all", [result["float"]["all"] - value for value in accuracies["all"]])]:
+        text = _spread(values)
         found.append(f"({text})" if name in row["trained_on"] else text)
-    found.append(_spread([result["float"]["all"] - cell["accuracy"]["all"] for cell in cells]))
     found.append(_spread([cell["label_accuracy"] for cell in cells], 1) if row["data_free"] else "-")
     found.append(_spread([cell["agreement"] for cell in cells], 1))
     found.append(str(len(cells)))

@@ -38,7 +38,7 @@ def draw(results: Mapping[str, Any]) -> bytes | str:
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     first, last = results["sections"][_SECTION]
     figure.supxlabel(
-        f"top-1 in % on images {first} to {last} of {results['data']['name']}; mean, deviation, small dots: seeds",
+        f"top-1 in % on images {first} to {last} of {results['data']['name']}; mean ± std; small dots: seeds",
         fontsize=8,
         color=MUTED,
     )
