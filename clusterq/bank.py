@@ -29,6 +29,15 @@ from clusterq.versions import machine, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-bank", 1
 IMAGES, RECORD, SHEET = "images.safetensors", "bank.json", "images.png"
+# Of the record and of each of its parts: what other code relies on.
+_FIELDS: dict[str, Any] = {
+    "network.tensors_sha256": str, "network.model": str, "images.sha256": str, "label_accuracy": (int, float),
+    "parts": list,
+}  # fmt: skip
+_PART_FIELDS: dict[str, Any] = {
+    "count": int, "seed": int, "settings": dict, "preset": str, "label_accuracy": (int, float), "seconds": (int, float),
+    "samples_seen": int, "command": str,
+}  # fmt: skip
 # Loss terms are told as averages over so large a part of the steps, at the start and at the end.
 _TERM_SHARE = 20
 
@@ -212,23 +221,20 @@ def read(folder: Path) -> Bank:
         raise DataError(
             f"{folder} has bank format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}"
         )
-    try:
-        digest, network = record["images"]["sha256"], record["network"]
-        fields = [network["tensors_sha256"], network["model"], digest, network["mean"], network["std"]]
-        counts = [(int(part["count"]), int(part["seed"]), part["settings"]) for part in record["parts"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file} is damaged: {type(error).__name__} {error}") from error
-    if not counts or any(not isinstance(value, kind) for value, kind in zip(fields, _FIELDS, strict=True)):
-        raise DataError(f"{file} is damaged: a field has another type, or there are no parts")
+    wrong = next((name for name, kind in _FIELDS.items() if not _holds(record, name, kind)), None)
+    if wrong is None and not record["parts"]:
+        wrong = "parts"
+    for part in [] if wrong else record["parts"]:
+        wrong = wrong or next((name for name, kind in _PART_FIELDS.items() if not _holds(part, name, kind)), None)
+    if wrong is not None:
+        raise DataError(f"{file} is damaged: {wrong} is absent or of another type than it should be")
+    digest = record["images"]["sha256"]
     if not (folder / IMAGES).is_file() or file_sha256(folder / IMAGES) != digest:
         raise DataError(f"{folder / IMAGES} is absent or damaged: its SHA-256 is not the one in {RECORD}")
     images, labels = read_images(folder / IMAGES)
-    if sum(count for count, _, _ in counts) != len(images):
+    if sum(part["count"] for part in record["parts"]) != len(images):
         raise DataError(f"{file} is damaged: its parts do not add up to the {len(images)} images")
     return Bank(images, labels, record)
-
-
-_FIELDS = (str, str, str, list, list)
 
 
 def open_images(path: Path, loaded: LoadedModel, *, any_network: bool = False) -> tuple[Tensor, Tensor]:
@@ -284,6 +290,16 @@ def last_settings(bank: Bank) -> SynthesisConfig:
         return ClusterQConfig.from_dict({"synthesis": settings}).synthesis
     except ValueError as error:
         raise DataError(f"the bank's own settings cannot be used: {error}") from error
+
+
+def _holds(data: Any, name: str, kind: Any) -> bool:
+    """Whether nested dictionaries hold a value of a kind under a dotted name."""
+    for key in name.split("."):
+        if not isinstance(data, dict) or key not in data:
+            return False
+        data = data[key]
+    # bool is an int to Python.
+    return isinstance(data, kind) and not isinstance(data, bool)
 
 
 def _terms(steps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

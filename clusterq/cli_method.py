@@ -106,7 +106,7 @@ def _bank_config(options: argparse.Namespace, earlier: Any) -> ClusterQConfig:
     if earlier is not None:
         seed = max(earlier.seeds) + 1
         if options.preset is None:
-            own = earlier.record["parts"][-1].get("preset", "default")
+            own = earlier.record["parts"][-1]["preset"]
             config = replace(config, synthesis=bank.last_settings(earlier), preset=own)
     return replace(override(config, options.set), seed=seed if options.seed is None else options.seed)
 
@@ -200,5 +200,9 @@ def _render(options: argparse.Namespace, command: str) -> int:
     if options.output is None:
         raise ValueError("--render: give --output, the Markdown file to write")
     found = [(path.as_posix(), read_results(path)) for path in options.render]
-    write_file(options.output, page.render(found, command).encode())
+    try:
+        text = page.render(found, command)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"a file of --render is damaged: {type(error).__name__} {error}") from error
+    write_file(options.output, text.encode())
     return 0

@@ -59,9 +59,13 @@ settings = ['synthesis.source=generator', 'synthesis.warmup_steps=1', 'synthesis
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cells, "code_identity", lambda: (("version", "1"), ("commit", None), ("sha256", "ab" * 32)))
-    monkeypatch.setattr(run_module, "code_identity", cells.code_identity)
+    _set_code(monkeypatch, "ab" * 32)
     return write_place(tmp_path).eval()
+
+
+def _set_code(monkeypatch: pytest.MonkeyPatch, digest: str) -> None:
+    for module in (cells, run_module):
+        monkeypatch.setattr(module, "code_identity", lambda: (("version", "1"), ("commit", None), ("sha256", digest)))
 
 
 def _ablate(text: str, *more: str) -> int:
@@ -156,11 +160,18 @@ def test_images_are_made_once_and_finished_cells_are_kept(
     assert changed == {f"{cell['key']}.json" for cell in _row("slower")["cells"]} and len(changed) == 4
     assert _row("renamed")["cells"] == first["rows"][0]["cells"]
     # So does everything when the code changed.
-    monkeypatch.setattr(
-        run_module, "code_identity", lambda: (("version", "1"), ("commit", None), ("sha256", "cd" * 32))
-    )
+    _set_code(monkeypatch, "cd" * 32)
     assert _ablate(BASE) == 0
     assert sorted(made) == [0, 0, 0, 1, 1, 1]
+
+
+def test_code_that_changes_meanwhile_fails_the_cells(
+    place: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cells, "code_identity", lambda: (("version", "1"), ("commit", None), ("sha256", "new")))
+    assert _ablate(BASE) == 2
+    assert capsys.readouterr().err.count("the code changed while the ablation was running") == 8
+    assert not [name for name in _cell_files() if name != "float.json"]
 
 
 def test_failed_row_is_told_and_stops_no_other(place: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,6 +335,30 @@ def test_interrupt_keeps_finished_cells_and_the_same_command_continues(tmp_path:
     for name in before:
         found, again = (json.loads((tmp_path / out / "cells" / name).read_text()) for out in ("out", "alone"))
         assert (found["accuracy"], found.get("agreement")) == (again["accuracy"], again.get("agreement"))
+
+
+def test_processes_end_with_the_first_one_when_it_is_killed(tmp_path: Path) -> None:
+    write_place(tmp_path)
+    (tmp_path / "table.toml").write_text(BASE.replace("finetune.steps=2", "finetune.steps=1000000"))
+    words = [sys.executable, "-m", "clusterq", "ablate", "table.toml", "--output", "out", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [*words, "--jobs", "2"], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "synthesis").is_dir():
+        assert time.monotonic() < deadline and child.poll() is None
+        time.sleep(0.1)
+    child.kill()
+    child.wait()
+    # The processes are of its group, which is gone with the last of them.
+    while True:
+        try:
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

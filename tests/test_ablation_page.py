@@ -94,6 +94,8 @@ def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
         ("{", "is damaged"),
         ("{}", "is not a result of `clusterq ablate`"),
         (json.dumps({**results, "format_version": 7}), "has result format 7"),
+        (json.dumps({**results, "rows": [{}]}), "a file of --render is damaged: KeyError"),
+        (json.dumps({**results, "float": 3}), "a file of --render is damaged: TypeError"),
     ]
     for content, part in cases:
         path.write_text(content)

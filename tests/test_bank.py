@@ -148,9 +148,11 @@ def test_damaged_banks_are_refused(place: nn.Module, capsys: pytest.CaptureFixtu
     cases = [
         ({**record, "format": "other"}, "is not the record of a bank"),
         ({**record, "format_version": 9}, "has bank format 9; this version reads 1"),
-        ({**record, "parts": []}, "there are no parts"),
-        ({**record, "parts": [{}]}, "damaged: KeyError"),
-        ({**record, "network": 3}, "damaged: TypeError"),
+        ({**record, "parts": []}, "damaged: parts is absent"),
+        ({**record, "parts": [{}]}, "damaged: count is absent"),
+        ({**record, "parts": [{**record["parts"][0], "seed": True}]}, "damaged: seed is absent or of another type"),
+        ({**record, "parts": [*record["parts"], 3]}, "damaged: count is absent"),
+        ({**record, "network": 3}, "damaged: network.tensors_sha256 is absent"),
         ({**record, "parts": record["parts"] * 2}, "do not add up to the 8 images"),
         ({**record, "images": {**record["images"], "sha256": "0" * 64}}, "its SHA-256 is not the one"),
     ]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import clusterq
 from clusterq import bank
+from clusterq.allocator import keep_freed_memory
 from clusterq.config import ClusterQConfig
 from clusterq.data import EvaluationSet, evaluate, open_for
 from clusterq.errors import DataError, ModelError
@@ -142,6 +143,10 @@ def carry_out(work: Work) -> None:
     Raises:
         ClusterQError, RuntimeError and others that a run may raise; nothing half-written stays behind.
     """
+    # A process started later would put new code's numbers under the old code's name.
+    if dict(code_identity())["sha256"] != dict(work.shared.code)["sha256"]:
+        raise ModelError("the code changed while the ablation was running; run the same command again")
+    keep_freed_memory()
     torch.set_num_threads(work.shared.threads)
     loaded, data = _opened(work.shared)
     if isinstance(work, SynthesisWork):

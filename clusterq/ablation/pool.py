@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -143,12 +145,21 @@ class _Worker:
 def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
     # Ctrl-C reaches every process of the terminal; the first one decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             work = connection.recv()
         except EOFError:
             return
         connection.send(_attempt(function, work))
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the first one is gone, killed perhaps: nobody would hear of the result."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _attempt(function: Callable[[Any], None], work: Any) -> str | None:
