@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,8 +76,6 @@ images = "data:0:10"
 
 
 def _with(config: ClusterQConfig, **synthesis: object) -> object:
-    from dataclasses import replace
-
     return replace(config.synthesis, **synthesis)  # type: ignore[arg-type]
 
 
