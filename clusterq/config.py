@@ -30,6 +30,7 @@ GeneratorForm = Literal["auto", "embedding", "conditional_norm"]
 ImageSchedule = Literal["cosine", "constant"]
 GeneratorSchedule = Literal["step", "constant"]
 DistillationReduction = Literal["batchmean", "mean"]
+Autocast = bool | Literal["auto"]
 
 Bits = Annotated[int, Range(at_least=2, at_most=8)]
 Count = Annotated[int, Range(at_least=1)]
@@ -39,6 +40,7 @@ Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
 Weight = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Momentum = Annotated[float, Range(at_least=0, below=1)]
+Share = Annotated[float, Range(at_least=0, at_most=1)]
 
 
 class LayerBits(Mapping[str, int]):
@@ -140,6 +142,11 @@ class SynthesisConfig:
         generator_width: channels of its first two stages.
         num_images, image_steps, image_lr: the bank: how many images, Adam steps per batch of images, learning rate.
         image_schedule: course of `image_lr` over the steps.
+        roughness, contrast, ce_temperature: the bank: ranges (low, high) from which every batch of images draws how its
+            images start and how sure the network is to be of them; see `clusterq.synthesis.recipes.ImageRecipe`.
+            White noise, no change of contrast and the plain cross-entropy (8) are 0, 0 and 1.
+        shift, shifted_share: the bank: pixels by which images move at random before every look of the network, for
+            this share of the batches.
         ce_weight: weight of the teacher's cross-entropy to the label (8).
         bns_weight: alpha1, weight of BN-statistic alignment over the whole batch (9).
         alignment_weight: alpha2, weight of class alignment to the centroids (4).
@@ -152,7 +159,8 @@ class SynthesisConfig:
         semantic_start: first BN layer (execution order, from 0) that carries centroids; None: (L + 1) // 2 - 2.
         assignment: which samples form a class: `"teacher"` only those the teacher assigns to their label, `"label"`
             all, `"nearest"` those whose statistics lie nearest to their label's centroid.
-        autocast: bfloat16 autocast for the forward and backward passes.
+        autocast: bfloat16 autocast for the forward and backward passes; `"auto"`: where the device has instructions
+            for it (`clusterq.precision`).
     """
 
     source: Source = "bank"
@@ -169,6 +177,11 @@ class SynthesisConfig:
     image_steps: Count = 200
     image_lr: Positive = 0.1
     image_schedule: ImageSchedule = "cosine"
+    roughness: tuple[Weight, Weight] = (0.0, 1.5)
+    contrast: tuple[Weight, Weight] = (0.0, 0.5)
+    ce_temperature: tuple[Positive, Positive] = (1.0, 6.0)
+    shift: Steps = 2
+    shifted_share: Share = 0.5
     ce_weight: Weight = 1.0
     bns_weight: Weight = 1.0
     alignment_weight: Weight = 0.0
@@ -182,10 +195,14 @@ class SynthesisConfig:
     noise_relative: bool = False
     semantic_start: Index | None = None
     assignment: Assignment = "teacher"
-    autocast: bool = False
+    autocast: Autocast = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "synthesis")
+        for name in ("roughness", "contrast", "ce_temperature"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"synthesis.{name} is {low, high}; wanted the lower end first")
 
     @property
     def uses_centroids(self) -> bool:
@@ -212,7 +229,7 @@ class FinetuneConfig:
         augment: random crop (padding 4 at 32 pixels, in proportion elsewhere) and horizontal flip.
         train_batch_norm: train gamma and beta of BatchNorm; its running statistics are always frozen.
         calibration_images: images on which ranges are set before training.
-        autocast: bfloat16 autocast for the forward and backward passes.
+        autocast: bfloat16 autocast for the forward and backward passes; `"auto"` as for the synthesis.
     """
 
     steps: Steps = 300
@@ -232,7 +249,7 @@ class FinetuneConfig:
     augment: bool = True
     train_batch_norm: bool = True
     calibration_images: Count = 256
-    autocast: bool = False
+    autocast: Autocast = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, "finetune")
@@ -360,6 +377,7 @@ def preset(name: str) -> ClusterQConfig:
         class_reduction="sum",
         alignment_weight=0.9 if paper else 0.0,
         diversity_weight=0.6 if paper else 0.0,
+        autocast=False,
     )
     finetune = FinetuneConfig(
         steps=300,
@@ -373,5 +391,6 @@ def preset(name: str) -> ClusterQConfig:
         grad_clip=0.0,
         augment=False,
         weight_decay=1e-4,
+        autocast=False,
     )
     return ClusterQConfig(quantization, synthesis, finetune, preset=name)

@@ -18,7 +18,7 @@ from clusterq.qat.calibrate import calibrate
 from clusterq.qat.finetune import Finetuner, finetune, learning_rate, random_crop_and_flip
 from clusterq.qat.prepare import prepare
 
-CONFIG = FinetuneConfig(steps=8, batch_size=16, temperature=4.0)
+CONFIG = FinetuneConfig(steps=8, batch_size=16, temperature=4.0, autocast=False)
 LOW = QuantizationConfig(weight_bits=3, activation_bits=3)
 
 

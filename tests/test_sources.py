@@ -27,8 +27,9 @@ from clusterq.synthesis.stored import balanced_labels
 SHAPE = (1, 8, 8)
 CLASSES = 4
 BANK = SynthesisConfig(
-    num_images=24, batch_size=12, image_steps=20, alignment_weight=0.5, diversity_weight=0.1, warmup_steps=5
-)
+    num_images=24, batch_size=12, image_steps=20, alignment_weight=0.5, diversity_weight=0.1, warmup_steps=5,
+    autocast=False,
+)  # fmt: skip
 GENERATOR = replace(
     BANK, source="generator", warmup_steps=4, steps=4, latent_dim=8, generator_width=8, noise_relative=True
 )

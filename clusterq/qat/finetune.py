@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq.config import FinetuneConfig
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from clusterq.precision import bfloat16_autocast
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.trace import evaluating
 from clusterq.synthesis.stored import MetricLog, OnStep
@@ -98,7 +99,7 @@ class Finetuner:
         self.step = 0
         self._log = MetricLog("fine-tuning", every=_CHECK_EVERY, on_step=on_step)
         device = next(student.parameters()).device
-        self._device_type = device.type
+        self._device = device
         self._random = torch.Generator(device).manual_seed((seed * 0x100 + _AUGMENT_STREAM) & 0x7FFF_FFFF_FFFF_FFFF)
         self._optimizer = _optimizer(student, config)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -134,7 +135,7 @@ class Finetuner:
             images = random_crop_and_flip(images, self._random)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr_factor"] * learning_rate(config, self.step)
-        with torch.autocast(self._device_type, dtype=torch.bfloat16, enabled=config.autocast):
+        with bfloat16_autocast(self._device, config.autocast):
             logits = self.student(images)
             terms: dict[str, Tensor] = {}
             total: Tensor | float = 0.0

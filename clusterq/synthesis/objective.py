@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clusterq.config import SynthesisConfig
 from clusterq.ops import Alignment, AlignmentTargets, ClassTargets
+from clusterq.precision import bfloat16_autocast
 from clusterq.synthesis.centroid_bank import CentroidBank
 from clusterq.synthesis.losses import ClassStatistics, class_slots, correct_mask, diversity_targets, to_spread
 from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
@@ -79,14 +80,19 @@ class SynthesisObjective:
 
     def autocast(self) -> torch.autocast:
         """Context of the forward passes: bfloat16 where the configuration says so."""
-        return torch.autocast(self.teacher.device.type, dtype=torch.bfloat16, enabled=self.config.autocast)
+        return bfloat16_autocast(self.teacher.device, self.config.autocast)
 
-    def __call__(self, images: Tensor, labels: Tensor, *, use_classes: bool = True) -> LossTerms:
-        """Evaluate on images [N, C, H, W] with labels [N] int64. `use_classes=False` is the warm-up loss (7)."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, use_classes: bool = True, temperature: float = 1.0
+    ) -> LossTerms:
+        """Evaluate on images [N, C, H, W] with labels [N] int64. `use_classes=False` is the warm-up loss (7).
+
+        With a temperature T the cross-entropy (8) is taken of logits / T and carries T^2, as distillation does.
+        """
         config = self.config
         with self.autocast():
             output = self.teacher(images)
-        ce = F.cross_entropy(output.logits.float(), labels)
+        ce = F.cross_entropy(output.logits.float() / temperature, labels) * temperature**2
         correct = correct_mask(output.logits, labels)
         statistics = None
         if use_classes and self.bank is not None:

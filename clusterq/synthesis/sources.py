@@ -18,13 +18,14 @@ from torch import Tensor
 from clusterq.config import SynthesisConfig
 from clusterq.synthesis.generator import build_generator
 from clusterq.synthesis.objective import SynthesisObjective
+from clusterq.synthesis.recipes import draw_recipes, initial_images, shifted
 from clusterq.synthesis.stored import MetricLog, OnStep, StoredImages, balanced_labels
 from clusterq.synthesis.teacher import Teacher
 
 Progress = Callable[[int, int], None]
 
 # Distinct random streams from one seed.
-_NOISE_STREAM, _SAMPLE_STREAM, _DIVERSITY_STREAM = 0x51, 0x52, 0x53
+_NOISE_STREAM, _SAMPLE_STREAM, _DIVERSITY_STREAM, _SHIFT_STREAM = 0x51, 0x52, 0x53, 0x54
 
 
 def _stream(seed: int, stream: int) -> int:
@@ -218,20 +219,21 @@ def generator_rate(config: SynthesisConfig, step: int) -> float:
 
 
 class BankSource:
-    """Images optimised directly by Adam with the same losses, starting from Gaussian noise.
+    """Images optimised directly by Adam with the same losses, starting from noise.
 
     The bank is divided into chunks of at most `config.batch_size` images that take turns, one step each, so that the
-    centroids are fed by all of them. After `config.warmup_steps` rounds without class terms the centroids are set from
-    the images as they are.
+    centroids are fed by all of them. Every chunk has a recipe of its own: see `clusterq.synthesis.recipes`. After
+    `config.warmup_steps` rounds without class terms the centroids are set from the images as they are.
 
     Args:
         teacher: the frozen network.
         config: synthesis settings.
-        seed: of noise and labels.
+        seed: of noise, labels, recipes and shifts.
         batch_size: images per `batch`; None: `config.batch_size`.
 
     Attributes:
         objective: the loss with its centroids.
+        recipes: one per chunk.
         step: chunk steps done, of `image_steps` times the number of chunks.
     """
 
@@ -240,11 +242,17 @@ class BankSource:
         self.config = config
         self.objective = SynthesisObjective(teacher, config, seed=_stream(seed, _DIVERSITY_STREAM))
         random = torch.Generator().manual_seed(_stream(seed, _NOISE_STREAM))
-        images = torch.randn(config.num_images, *teacher.input_shape, generator=random)
-        images = images.to(teacher.device, teacher.dtype)
+        parts = math.ceil(config.num_images / config.batch_size)
+        self.recipes = draw_recipes(config, parts, random)
+        sizes = [len(part) for part in torch.arange(config.num_images).tensor_split(parts)]
+        noise = [
+            initial_images(recipe, (size, *teacher.input_shape), random)
+            for recipe, size in zip(self.recipes, sizes, strict=True)
+        ]
+        images = torch.cat(noise).to(teacher.device, teacher.dtype)
         labels = balanced_labels(config.num_images, teacher.num_classes, random).to(teacher.device)
         self._stored = StoredImages(images, labels, batch_size or config.batch_size, seed)
-        parts = math.ceil(config.num_images / config.batch_size)
+        self._shifts = torch.Generator().manual_seed(_stream(seed, _SHIFT_STREAM))
         # Views: the optimisers write straight into the bank.
         self._chunks = [chunk.requires_grad_() for chunk in images.tensor_split(parts)]
         self._chunk_labels = labels.tensor_split(parts)
@@ -280,9 +288,16 @@ class BankSource:
         if self.config.image_schedule == "cosine":
             phase = math.pi * round_ / self.config.image_steps
             optimizer.param_groups[0]["lr"] = self.config.image_lr * 0.5 * (1 + math.cos(phase))
+        recipe = self.recipes[part]
         with torch.enable_grad():
+            images = self._chunks[part]
+            if recipe.shift:
+                images = shifted(images, recipe.shift, self._shifts)
             terms = self.objective(
-                self._chunks[part], self._chunk_labels[part], use_classes=round_ >= self.config.warmup_steps
+                images,
+                self._chunk_labels[part],
+                use_classes=round_ >= self.config.warmup_steps,
+                temperature=recipe.temperature,
             )
             optimizer.zero_grad()
             terms.total.backward()  # type: ignore[no-untyped-call]
@@ -311,12 +326,14 @@ class BankSource:
             "labels": self.labels().clone(),
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
             "objective": self.objective.state_dict(),
+            "shifts": self._shifts.get_state(),
             "metrics": [dict(record) for record in self.metrics],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.step = state["step"]
+        self._shifts.set_state(state["shifts"].cpu())
         self.images().copy_(state["images"])
         self.labels().copy_(state["labels"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):

@@ -1,0 +1,93 @@
+"""Recipes of a bank's images: what they start from and how they are looked at."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clusterq.config import SynthesisConfig
+from clusterq.synthesis.recipes import ImageRecipe, draw_recipes, initial_images, shifted
+
+PLAIN = ImageRecipe(roughness=0.0, contrast=0.0, temperature=1.0, shift=0)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_settings_are_drawn_from_their_ranges():
+    config = SynthesisConfig(
+        roughness=(0.2, 0.4), contrast=(0.1, 0.1), ce_temperature=(2.0, 5.0), shift=3, shifted_share=0.25
+    )
+    recipes = draw_recipes(config, 400, seeded())
+    assert all(0.2 <= r.roughness <= 0.4 and r.contrast == 0.1 and 2 <= r.temperature <= 5 for r in recipes)
+    temperatures = torch.tensor([r.temperature for r in recipes])
+    # Uniform on [2, 5]: mean 3.5, deviation 3 / sqrt(12); 5 standard errors.
+    assert abs(temperatures.mean() - 3.5) < 5 * 3 / 12**0.5 / 400**0.5
+    shares = sum(r.shift == 3 for r in recipes) / 400
+    assert {r.shift for r in recipes} == {0, 3} and abs(shares - 0.25) < 5 * (0.25 * 0.75 / 400) ** 0.5
+    assert draw_recipes(config, 400, seeded()) == recipes != draw_recipes(config, 400, seeded(1))
+
+
+def test_plain_images_are_white_noise():
+    images = initial_images(PLAIN, (6, 3, 8, 10), seeded())
+    assert torch.equal(images, torch.randn(6, 3, 8, 10, generator=seeded()))
+
+
+@pytest.mark.parametrize("roughness", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [(32, 32), (15, 24)])
+def test_the_spectrum_falls_as_a_power_of_frequency(roughness, size):
+    images = initial_images(replace(PLAIN, roughness=roughness), (512, 3, *size), seeded()).double()
+    assert images.std() == pytest.approx(1, abs=1e-5)
+    power = torch.fft.fft2(images).abs().square().mean((0, 1))
+    rows, columns = torch.fft.fftfreq(size[0])[:, None], torch.fft.fftfreq(size[1])[None]
+    frequency = torch.sqrt(rows**2 + columns**2).double()
+    # Slope of log power over log frequency, the constant part left out: -2 a.
+    x, y = frequency.flatten()[1:].log(), power.flatten()[1:].log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert slope == pytest.approx(-2 * roughness, abs=0.02)
+
+
+def test_contrast_and_brightness_vary_between_images():
+    images = initial_images(replace(PLAIN, contrast=0.5), (2000, 3, 8, 8), seeded()).double()
+    spread = images.std((2, 3)).mean(1).log()
+    brightness = images.mean((1, 2, 3))
+    assert spread.std() == pytest.approx(0.5, abs=0.03)
+    # Brightness 0.5, a third of the variance of each of three colours at 0.25, and the mean of the noise itself.
+    noise = images.std() / (3 * 64) ** 0.5
+    assert brightness.std() == pytest.approx((0.5**2 + 0.25**2 / 3 + noise.item() ** 2) ** 0.5, abs=0.03)
+
+
+def test_images_move_together_with_zeros_moving_in():
+    images = torch.arange(1.0, 1 + 2 * 3 * 5 * 6).view(2, 3, 5, 6)
+    seen = set()
+    random = seeded()
+    for _ in range(300):
+        moved = shifted(images, 2, random)
+        found = [
+            (dy, dx, flip)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            for flip in (False, True)
+            if torch.equal(moved, moved_by(images, dy, dx, flip))
+        ]
+        assert len(found) == 1
+        seen.add(found[0])
+    assert len(seen) == 5 * 5 * 2
+
+
+def moved_by(images: torch.Tensor, dy: int, dx: int, flip: bool) -> torch.Tensor:
+    out = torch.zeros_like(images)
+    height, width = images.shape[2:]
+    for y in range(height):
+        for x in range(width):
+            if 0 <= y + dy < height and 0 <= x + dx < width:
+                out[:, :, y, x] = images[:, :, y + dy, x + dx]
+    return out.flip(3) if flip else out
+
+
+def test_gradient_reaches_the_images_where_they_were():
+    images = torch.randn(2, 1, 6, 6, requires_grad=True)
+    moved = shifted(images, 2, seeded(3))
+    moved.sum().backward()
+    assert images.grad is not None and images.grad.sum() == (moved != 0).sum()
