@@ -200,7 +200,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         if record.source is None or record.source.model.split(":", 1)[0] not in _REBUILT:
             origin = record.source.model if record.source is not None else "a module"
-            raise CheckpointError(f"the network of {path} came from {origin}: hand over the network itself to load it")
+            raise CheckpointError(
+                f"the network of {path} came from {origin}: hand over the network itself to load it (--model; "
+                "--trust runs the file it names)"
+            )
         model = build_model(record.source.model, record.num_classes)
     state = require("safetensors.torch", purpose="loading a network").load_file(file)
     try:
