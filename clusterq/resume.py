@@ -231,7 +231,8 @@ class Session:
             error.how_to_continue = self.how_to_continue()  # type: ignore[attr-defined]
 
     def _save_if_due(self) -> None:
-        if self.every is not None and time.perf_counter() >= self._next:
+        # A signal has it saved by `check`: a second save of the same step would leave `previous` no older.
+        if self.every is not None and not self._signal and time.perf_counter() >= self._next:
             self.save()
 
     def _load(self) -> None:

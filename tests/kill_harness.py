@@ -7,6 +7,7 @@ flush to disk, before and after it); the others are killed by this process after
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ COMMON = [
 ]  # fmt: skip
 # The bank with centroids, and a generator that trains beside the student.
 KINDS = {
-    "bank": ["synthesis.num_images=32", "synthesis.image_steps=5", "synthesis.warmup_steps=2",
+    "bank": ["synthesis.num_images=32", "synthesis.image_steps=4", "synthesis.warmup_steps=2",
              "synthesis.alignment_weight=0.1", "synthesis.diversity_weight=0.1"],
     "stream": ["synthesis.source=generator", "finetune.images=stream", "synthesis.warmup_steps=6",
                "synthesis.generator_width=8", "synthesis.num_images=16", "synthesis.alignment_weight=0.1"],
@@ -92,8 +93,11 @@ def drive(kills: int, seed: int) -> dict[str, Any]:
     resume._COST_SHARE = float("inf")
     expected, length = {}, {}
     for kind in KINDS:
+        # In this process: children then inherit everything that is set up at first use.
+        with open("log", "w") as log, contextlib.redirect_stdout(log):
+            assert main(begin(kind)) == 0
         start = time.perf_counter()
-        assert attempt(begin(kind), None, None) == 0
+        assert attempt([*begin(kind), "--overwrite"], None, None) == 0
         length[kind] = time.perf_counter() - start
         expected[kind] = students(kind)
     done: dict[str, Any] = {"kills": 0, "resumed": 0, "finished": 0, "wrong": [], "codes": [], "expected": expected}
