@@ -23,8 +23,9 @@ import torch
 import clusterq
 from clusterq.allocator import keep_freed_memory
 from clusterq.config import ClusterQConfig, preset
-from clusterq.errors import ClusterQError, RunInterrupted
+from clusterq.errors import CheckpointError, ClusterQError, RunInterrupted
 from clusterq.progress import ConsoleProgress
+from clusterq.readers import read_json
 from clusterq.settings import describe as describe_settings
 from clusterq.settings import override
 
@@ -439,7 +440,7 @@ def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def _is_run(folder: Path, result_format: str) -> bool:
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        result = read_json(folder / "result.json", CheckpointError)
+    except (OSError, CheckpointError):
         return False
     return isinstance(result, dict) and result.get("format") == result_format

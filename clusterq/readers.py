@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, U
 # What the unpickler raises for a damaged file beside UnpicklingError: Python documents "and others, not limited to".
 _BROKEN_PICKLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    OverflowError, MemoryError, ImportError, UnicodeError,
+    OverflowError, MemoryError, ImportError, UnicodeError, struct.error,
 )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def read_safetensors(path: Path, failure: Failure) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = require("safetensors.torch", purpose=f"reading {path.name}").load_file(path)
     # KeyError: a type of number that the file format knows and the library's torch half does not.
     except (OSError, library.SafetensorError, KeyError, ValueError, RuntimeError, OverflowError) as error:
-        raise failure(f"{path.name} cannot be read as a safetensors file: {_first_line(error)}") from error
+        raise failure(f"{path.name} cannot be read as a safetensors file: {first_line(error)}") from error
     require_plain(tensors, path.name, failure)
     return tensors
 
@@ -120,7 +121,7 @@ def read_pickled_tensors(path: Path, failure: Failure) -> Any:
     except (zipfile.BadZipFile, *_BROKEN_PICKLE) as error:
         if isinstance(error, failure):
             raise
-        raise failure(f"{path.name} cannot be read as a weight file: {_first_line(error)}") from error
+        raise failure(f"{path.name} cannot be read as a weight file: {first_line(error)}") from error
 
 
 def require_plain(tensors: Mapping[str, Tensor], name: str, failure: Failure) -> None:
@@ -187,7 +188,7 @@ def decoded_image(file: Any, name: str) -> Iterator[Any]:
     # Pillow's decoders raise all of these for damaged files; SyntaxError and DecompressionBombError name no file.
     except (OSError, SyntaxError, ValueError, LookupError, TypeError, EOFError, OverflowError, RuntimeError,
             MemoryError, zlib.error, pil.DecompressionBombError) as error:  # fmt: skip
-        raise DataError(f"{name} cannot be decoded as an image: {error}") from error
+        raise DataError(f"{name} cannot be decoded as an image: {first_line(error)}") from error
 
 
 def _parts(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
@@ -211,5 +212,6 @@ def _small_int(text: str) -> int:
     return int(text)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, as part of one sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

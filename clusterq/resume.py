@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -126,7 +127,7 @@ class Session:
         if resume:
             self._load()
         elif found:
-            shutil.rmtree(self.folder)
+            self._discard()
             self._release()
             self._acquire()
         self._remove_remains()
@@ -202,7 +203,7 @@ class Session:
     def finish(self) -> None:
         """The run folder is in its place: the state is not needed any more."""
         if self._begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._discard()
             self._begun = False
 
     def __enter__(self) -> Session:
@@ -224,7 +225,7 @@ class Session:
             # The same steps again would end in the same NaN.
             saved = False
         if not saved:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._discard()
         elif isinstance(error, DivergenceError):
             error.args = (f"{error}; finished before that, in {self.folder}: {', '.join(widths)}",)
         elif error is not None and not isinstance(error, RunInterrupted):
@@ -246,6 +247,15 @@ class Session:
         self.done, self._folders, self._continued = state["done"], state["folders"], state["training"]
         self.carried, self.resumed = state["extra"], state["resumed"] + 1
 
+    def _discard(self) -> None:
+        # Renamed first: killed in the middle, this leaves nothing that looks like the state of a run.
+        gone = self.folder.with_name(f".{self.folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            self.folder.rename(gone)
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be removed: {error.strerror}") from error
+        shutil.rmtree(gone, ignore_errors=True)
+
     def _remove_remains(self) -> None:
         """What a killed process left half-written; the lock says that no other process is writing it."""
         mark = re.compile(rf"\.({re.escape(self.output.name)}|{re.escape(self.folder.name)})\.[0-9a-f]{{8}}\.tmp")
@@ -266,9 +276,12 @@ class Session:
 
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             self._release()
             raise OutputError(f"{self.folder} is in use by another process") from error
+        except OSError as error:
+            # File systems without locks.
+            self._notify(f"{self.folder} cannot be locked ({error.strerror}): run no second process on it")
 
     def _release(self) -> None:
         if self._lock is not None:
