@@ -7,16 +7,18 @@ values in it and nothing else.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ _JSON_DEPTH = 32
 _INT64_DIGITS = 19
 # No layer of a network has more dimensions; torch's own kernels fail in many ways beyond 64.
 _DIMENSIONS = 8
+# A file of torch's old format begins with five pickles; names of tensors and classes are much shorter than this.
+_PICKLES, _PICKLED_TEXT = 5, 1000
 # Deflate packs up to 1,030 to 1. Archives that unpack to more than both of these are taken for bombs.
 _UNPACKED_BYTES, _UNPACKED_RATIO = 256 << 20, 20
 # One image file of an archive, and one decoded image; the same number of pixels as Pillow warns of.
@@ -112,6 +116,12 @@ def read_pickled_tensors(path: Path, failure: Failure) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                     raise failure(f"{path.name} was refused: its parts are compressed, which torch.save never does")
+                for info in archive.infolist():
+                    if info.filename.endswith("data.pkl"):
+                        _scan_pickles(io.BytesIO(archive.read(info)), path.name, failure)
+        else:
+            with open(path, "rb") as file:
+                _scan_pickles(file, path.name, failure)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise failure(
@@ -122,6 +132,20 @@ def read_pickled_tensors(path: Path, failure: Failure) -> Any:
         if isinstance(error, failure):
             raise
         raise failure(f"{path.name} cannot be read as a weight file: {first_line(error)}") from error
+
+
+def _scan_pickles(file: IO[bytes], name: str, failure: Failure) -> None:
+    """Raises `failure` for very long texts in the pickles that a file begins with, ValueError for damaged ones.
+
+    torch looks for names in its own error message by a regular expression that takes the square of their length.
+    """
+    for _ in range(_PICKLES):
+        if not file.read(1):
+            return
+        file.seek(-1, io.SEEK_CUR)
+        for _, argument, _ in pickletools.genops(file):
+            if isinstance(argument, (str, bytes)) and len(argument) > _PICKLED_TEXT:
+                raise failure(f"{name} was refused: it holds a name of {len(argument)} characters")
 
 
 def require_plain(tensors: Mapping[str, Tensor], name: str, failure: Failure) -> None:

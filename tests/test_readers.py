@@ -80,6 +80,25 @@ def test_a_packed_weight_file(tmp_path: Path) -> None:
     _refused(tmp_path / "w.pt", "its parts are compressed, which torch.save never does")
 
 
+@pytest.mark.parametrize("modern", [True, False])
+def test_a_pickle_with_a_name_without_end(tmp_path: Path, modern: bool) -> None:
+    # Found by fuzzing: torch 2.14 needs the square of the length, 8 s for 20,000 characters, to say that it refuses.
+    stream = io.BytesIO()
+    torch.save({"w": torch.zeros(2)}, stream, _use_new_zipfile_serialization=modern)
+    stream.seek(0)
+    if modern:
+        with zipfile.ZipFile(stream) as old, zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
+            for info in old.infolist():
+                new.writestr(info.filename, _with_long_name(old.read(info)))
+    else:
+        (tmp_path / "w.pt").write_bytes(_with_long_name(stream.getvalue()))
+    _refused(tmp_path / "w.pt", "it holds a name of 1000011 characters")
+
+
+def _with_long_name(data: bytes) -> bytes:
+    return data.replace(b"ctorch\nFloatStorage\n", b"ctorch\n" + b"[" * 1_000_000 + b"Float\n")
+
+
 @pytest.mark.parametrize(
     "header",
     [
