@@ -260,6 +260,11 @@ def open_images(path: Path, loaded: LoadedModel, *, any_network: bool = False) -
     return bank.images, bank.labels
 
 
+def images_file(path: Path) -> Path:
+    """The file with the images of what `open_images` takes."""
+    return path / IMAGES if path.is_dir() else path
+
+
 def require_network(folder: Path, record: Mapping[str, Any], loaded: LoadedModel) -> None:
     """Raises DataError where a bank was made for a network with other tensors."""
     made, here = record["network"]["tensors_sha256"], tensors_sha256(loaded.model.state_dict())

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq.config import ClusterQConfig
-from clusterq.errors import CheckpointError, ModelError, require
+from clusterq.errors import CheckpointError, require
 from clusterq.folders import new_folder
 from clusterq.models import Source, build_model, file_sha256, output_classes
+from clusterq.readers import read_json, read_safetensors
 
 if TYPE_CHECKING:
     from clusterq.method import Result
@@ -29,6 +30,8 @@ FORMAT_VERSION = 1
 TENSORS, RECORD = "model.safetensors", "checkpoint.json"
 # Kinds of source whose architecture comes from an installed package. A Python file named by a checkpoint is never run.
 REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
+# Of one image and of a network: larger ones would take gigabytes before the first tensor is compared.
+_MAX_PIXELS, _MAX_CLASSES = 1 << 27, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,7 @@ def read_record(path: str | Path) -> CheckpointRecord:
     file = Path(path) / RECORD
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {RECORD}")
-    try:
-        data = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    data = read_json(file, CheckpointError)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not the record of a checkpoint")
     if data.get("format_version") != FORMAT_VERSION:
@@ -162,19 +162,32 @@ def read_record(path: str | Path) -> CheckpointRecord:
         )
     try:
         channels, height, width = (int(v) for v in data["input_shape"])
+        if min(channels, height, width) < 1 or channels * height * width > _MAX_PIXELS:
+            raise ValueError(f"input_shape is {data['input_shape']}; wanted up to {_MAX_PIXELS} positive pixels")
+        if not 2 <= int(data["num_classes"]) <= _MAX_CLASSES:
+            raise ValueError(f"num_classes is {data['num_classes']}; wanted 2 to {_MAX_CLASSES}")
         return CheckpointRecord(
             config=ClusterQConfig.from_dict(data["config"]),
             input_shape=(channels, height, width),
             num_classes=int(data["num_classes"]),
-            source=Source(**data["source"]) if data["source"] is not None else None,
+            source=_source(data["source"]),
             mean=tuple(float(v) for v in data["mean"]),
             std=tuple(float(v) for v in data["std"]),
             tensors_sha256=str(data["tensors_sha256"]),
             versions=dict(data["versions"]),
             extra=dict(data["extra"]),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
+
+
+def _source(data: Any) -> Source | None:
+    if data is None:
+        return None
+    source = Source(**data)
+    if not all(isinstance(text, str) for text in (source.model, source.weights or "", source.weights_sha256)):
+        raise ValueError(f"source is {data}; wanted text")
+    return source
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -200,12 +213,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         if record.source is None or record.source.model.split(":", 1)[0] not in REBUILT:
             origin = record.source.model if record.source is not None else "a module"
-            raise CheckpointError(f"the network of {path} came from {origin}: hand over the network itself to load it")
+            raise CheckpointError(
+                f"the network of {path} came from {origin}: hand over the network itself to load it (--model; "
+                "--trust runs the file it names)"
+            )
         model = build_model(record.source.model, record.num_classes)
-    state = require("safetensors.torch", purpose="loading a network").load_file(file)
+    state = read_safetensors(file, CheckpointError)
     try:
         twin = prepare(model.cpu(), record.config.quantization, example_input=torch.zeros(1, *record.input_shape))
-    except ModelError as error:
+    # Settings and image size come from the record: layers that the network does not have, images it cannot take.
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the network: {error}") from error
     _fill(twin, state, path)
     if record.config.quantization.correct_batch_norm:

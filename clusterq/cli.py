@@ -1,7 +1,7 @@
 """The command line: `clusterq demo|quantize|synthesize|ablate|evaluate|export|bench|doctor`.
 
 Exit codes: 0 done, 1 a self-check of `doctor` failed, 2 the request cannot be carried out (one sentence on standard
-error, nothing half-written), 130 interrupted.
+error, nothing half-written), 130 or 143 interrupted by SIGINT or SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ import torch
 import clusterq
 from clusterq.allocator import keep_freed_memory
 from clusterq.config import ClusterQConfig, preset
-from clusterq.errors import ClusterQError
+from clusterq.errors import CheckpointError, ClusterQError, RunInterrupted
 from clusterq.progress import ConsoleProgress
+from clusterq.readers import read_json
 from clusterq.settings import describe as describe_settings
 from clusterq.settings import override
 
@@ -39,14 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(["doctor"])
     try:
         code: int = options.run(options, shlex.join(["clusterq", *words]))
-    except KeyboardInterrupt:
-        print("clusterq: interrupted, nothing was written", file=sys.stderr)
+    except RunInterrupted as stop:
+        print(f"clusterq: {stop}", file=sys.stderr)
+        return 128 + stop.signal
+    except KeyboardInterrupt as stop:
+        print(f"clusterq: interrupted, {getattr(stop, 'how_to_continue', 'nothing was written')}", file=sys.stderr)
         return 130
     # PyTorch reports a device out of memory, a kernel that cannot run and the like as RuntimeError.
     except (ClusterQError, ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("CLUSTERQ_TRACEBACK") == "1":
             raise
-        print(f"clusterq: error: {_sentence(error)}", file=sys.stderr)
+        kept = getattr(error, "how_to_continue", None)
+        print(f"clusterq: error: {_sentence(error)}{f'; {kept}' if kept else ''}", file=sys.stderr)
         return 2
     return code
 
@@ -110,9 +115,23 @@ def _add_quantize(commands: Any) -> None:
         epilog="settings for --set, with the values of preset default:\n  "
         + "\n  ".join(describe_settings(preset("default"))),
     )
-    _add_model(quantize)
+    _add_model(quantize, required=False, data_required=False)
     quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
     quantize.add_argument("--overwrite", action="store_true", help="replace the run folder when it exists")
+    quantize.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="continue the interrupted run of this folder; RUN alone: as begun",
+    )
+    quantize.add_argument(
+        "--save-every",
+        type=float,
+        metavar="SECONDS",
+        help="save the run's state so often, in at most 1 %% of its time (default: 60)",
+    )
+    _add_trust(quantize)
     quantize.add_argument(
         "--images", type=Path, metavar="BANK", help="bank of `synthesize`, or images.safetensors of a run: no synthesis"
     )
@@ -128,6 +147,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument("checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4; without it: --model")
     _add_model(evaluate, required=False)
+    _add_trust(evaluate)
     _add_common(evaluate)
 
 
@@ -147,6 +167,7 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("--fold-batch-norm", action="store_true", help="qdq: BatchNorm into scales and biases")
     export.add_argument("--model", help="of a checkpoint whose network came from a Python file: FILE.py:FACTORY")
+    _add_trust(export)
     export.add_argument("--data", help="evaluation set to compare classes on (default: random images)")
     _add_common(export)
 
@@ -156,7 +177,13 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("suite", nargs="*", help="suites to run, such as fake_quant (default: all)")
 
 
-def _add_model(parser: argparse.ArgumentParser, *, required: bool = True, data: bool = True) -> None:
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust", action="store_true", help="run the Python file that the folder names as its network")
+
+
+def _add_model(
+    parser: argparse.ArgumentParser, *, required: bool = True, data: bool = True, data_required: bool = True
+) -> None:
     parser.add_argument(
         "--model",
         required=required,
@@ -168,7 +195,7 @@ def _add_model(parser: argparse.ArgumentParser, *, required: bool = True, data: 
     if data:
         parser.add_argument(
             "--data",
-            required=not required,
+            required=data_required and not required,
             help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, "
             "or one sub-folder per class); only measured on, never trained on",
         )
@@ -232,8 +259,21 @@ def _demo(options: argparse.Namespace, command: str) -> int:
 
 
 def _quantize(options: argparse.Namespace, command: str) -> int:
+    from clusterq.resume import SAVE_EVERY
     from clusterq.run import RunRequest
+    from clusterq.trust import continued
 
+    words = shlex.split(command)[1:]
+    if options.resume is not None:
+        output = Path(options.resume) if options.resume else options.output
+        if options.model is None:
+            options, words = continued(options, _parser().parse_args)
+            command = shlex.join(["clusterq", *words])
+        options.output = output
+    if options.model is None:
+        raise ValueError("nothing to quantize: give --model, or --resume RUN")
+    if options.save_every is not None and not 0 <= options.save_every < float("inf"):
+        raise ValueError(f"--save-every is {options.save_every}; wanted seconds, 0 or more")
     widths = _widths(options.bits or ["W4A4"])
     name = re.sub(r"[^\w.-]+", "-", options.model.rsplit("/", 1)[-1])
     request = RunRequest(
@@ -247,6 +287,9 @@ def _quantize(options: argparse.Namespace, command: str) -> int:
         images=options.images,
         any_network=options.any_network,
         save_images=options.save_images,
+        resume=options.resume is not None,
+        save_every=SAVE_EVERY if options.save_every is None else options.save_every,
+        words=tuple(words),
         **_input(options),
         **_common(options, command),
     )
@@ -258,7 +301,7 @@ def _carry_out(request: Any, options: argparse.Namespace) -> int:
     from clusterq.run import run
 
     with ConsoleProgress(quiet=options.quiet) as progress:
-        result = run(request, progress)
+        result = run(request, progress, lambda text: print(f"clusterq: {text}", file=sys.stderr))
     if options.json:
         print(json.dumps(result, indent=2))
     else:
@@ -270,11 +313,14 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     from clusterq import checkpoint, data
     from clusterq.libraries import named_normalization
     from clusterq.models import build_model, load_model, own_transform
+    from clusterq.trust import network_source
 
     device = _common(options, command)["device"]
     if options.checkpoint is not None:
         record = checkpoint.read_record(options.checkpoint)
-        network = None if options.model is None else build_model(options.model, record.num_classes)
+        recorded = record.source.model if record.source is not None else None
+        spec = network_source(options.model, recorded, trust=options.trust)
+        network = None if spec is None else build_model(spec, record.num_classes)
         model = checkpoint.load(options.checkpoint, network)
         if options.weights is not None or options.input_size is not None:
             raise ValueError("a checkpoint has its own weights and input size; leave out --weights and --input-size")
@@ -316,9 +362,13 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
 
 
 def _export(options: argparse.Namespace, command: str) -> int:
-    from clusterq import export
+    from clusterq import checkpoint, export
+    from clusterq.trust import network_source
 
     _common(options, command)
+    if options.trust and options.model is None:
+        source = checkpoint.read_record(export.find_checkpoint(options.source, options.bits)).source
+        options.model = network_source(None, source.model if source is not None else None, trust=True)
     names = ("output", "bits", "model", "packed", "operators", "fold_batch_norm", "limit", "batch_size", "overwrite")
     given = {name: getattr(options, name) for name in names}
     result = export.export_checkpoint(options.source, evaluation=options.data, threads=torch.get_num_threads(), **given)
@@ -408,7 +458,7 @@ def _require_positive(options: argparse.Namespace, *names: str) -> None:
 
 def _is_run(folder: Path, result_format: str) -> bool:
     try:
-        result = json.loads((folder / "result.json").read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        result = read_json(folder / "result.json", CheckpointError)
+    except (OSError, CheckpointError):
         return False
     return isinstance(result, dict) and result.get("format") == result_format

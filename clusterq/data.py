@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import csv
 import io
+import tokenize
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from clusterq.errors import DataError, ModelError, require
 from clusterq.models import LoadedModel
+from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, first_line, require_unpacked_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 DIGITS_HELD_OUT = 500
 _DIGITS_SPLIT_SEED = 0
 _MAX_HEADER = 4096
-# What zipfile raises for archives that are damaged, encrypted (RuntimeError) or packed in an unknown way.
-_BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+# Of labels.csv: 40 million lines.
+_MAX_LABELS_BYTES = 1 << 30
+# What numpy raises for a damaged header, which it evaluates as a Python literal.
+_BROKEN_HEADER = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class EvaluationSet(torch.utils.data.Dataset[tuple[Tensor, int]]):
         lowest, highest = int(labels.min()), int(labels.max())
         if lowest < 0:
             raise DataError(f"{name}: label {lowest} is negative")
+        if highest >= 1 << 31:
+            raise DataError(f"{name}: label {highest} is larger than any number of classes")
         if num_classes is not None and highest >= num_classes:
             raise DataError(f"{name}: label {highest} is out of range; the set declares {num_classes} classes")
         self.name = name
@@ -270,16 +274,22 @@ def _cifar(
 def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Tensor], Tensor]) -> EvaluationSet:
     try:
         with zipfile.ZipFile(path) as archive:
+            require_unpacked_size(archive, path.stat().st_size, path.name, DataError)
             members = {info.filename: info for info in archive.infolist()}
             images = _array(path.name, archive, members, "images")
             labels = _array(path.name, archive, members, "labels")
-            classes = len(_array(path.name, archive, members, "classes")) if "classes.npy" in members else None
-    except _BROKEN_ZIP as error:
+            named = _array(path.name, archive, members, "classes") if "classes.npy" in members else None
+    except BROKEN_ZIP as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path.name} cannot be read as an .npz file: {error}") from error
     if images.dtype != "uint8" or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(f"{path.name}: images are {images.dtype} {list(images.shape)}; wanted uint8 [N, H, W, 1 or 3]")
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) != len(images):
         raise DataError(f"{path.name}: labels are {labels.dtype} {list(labels.shape)}; wanted integers [{len(images)}]")
+    if named is not None and named.ndim != 1:
+        raise DataError(f"{path.name}: classes are {list(named.shape)}; wanted one name per class")
+    classes = None if named is None else len(named)
     target = torch.from_numpy(labels.astype("int64"))
     return _array_set(path.name, torch.from_numpy(images), target, classes, input_shape, normalise)
 
@@ -302,14 +312,16 @@ def _array(name: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipIn
         size = dtype.itemsize
         for length in shape:
             size *= length
+        if any(length < 0 for length in shape):
+            raise DataError(f"{name}: array {key!r} is damaged: its shape is {list(shape)}")
         if begin + size != info.file_size:
             raise DataError(f"{name}: array {key!r} announces {size} bytes; {info.file_size - begin} are stored")
         with archive.open(info) as file:
             array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
-    except ValueError as error:
+    except _BROKEN_HEADER as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{name}: array {key!r} is damaged: {error}") from error
+        raise DataError(f"{name}: array {key!r} is damaged: {first_line(error)}") from error
     return array
 
 
@@ -337,41 +349,48 @@ def _file_transform(
 
 
 def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
-    pil = require("PIL.Image", purpose="reading image files", extra="vision")
-    try:
-        with open(path / "labels.csv", newline="") as file:
-            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{path.name}/labels.csv: wanted the columns file,label with integer labels") from error
+    rows = _label_rows(path / "labels.csv")
+    name = f"{path.name}/images.zip"
     try:
         archive = zipfile.ZipFile(path / "images.zip")
-    except _BROKEN_ZIP as error:
-        raise DataError(f"{path.name}/images.zip cannot be read: {error}") from error
-    names = set(archive.namelist())
-    absent = next((file for file, _ in rows if file not in names), None)
+        require_unpacked_size(archive, (path / "images.zip").stat().st_size, name, DataError)
+    except BROKEN_ZIP as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name} cannot be read: {error}") from error
+    # Members are looked up by their names in the archive and never written anywhere.
+    sizes = {info.filename: info.file_size for info in archive.infolist()}
+    absent = next((file for file, _ in rows if file not in sizes), None)
     if absent is not None:
-        raise DataError(f"{path.name}/images.zip has no file {absent!r}, which labels.csv names")
+        raise DataError(f"{name} has no file {absent!r}, which labels.csv names")
 
     def image(index: int) -> Tensor:
-        name = rows[index][0]
+        file = rows[index][0]
+        if sizes[file] > IMAGE_BYTES:
+            raise DataError(f"{name}: {file} has {sizes[file]} bytes; too many for one image")
         try:
-            content = archive.read(name)
-        except _BROKEN_ZIP as error:
-            raise DataError(f"{path.name}/images.zip: {name} cannot be read: {error}") from error
-        with _decoding(f"{path.name}/images.zip: {name}"), pil.open(io.BytesIO(content)) as picture:
+            content = archive.read(file)
+        except BROKEN_ZIP as error:
+            raise DataError(f"{name}: {file} cannot be read: {error}") from error
+        with decoded_image(io.BytesIO(content), f"{name}: {file}") as picture:
             return prepare(picture)
 
     return EvaluationSet(path.name, image, torch.tensor([label for _, label in rows]))
 
 
-@contextmanager
-def _decoding(name: str) -> Iterator[None]:
-    """Pillow raises SyntaxError for some damaged files, and names none of them."""
-    pil = require("PIL.Image", purpose="reading image files", extra="vision")
+def _label_rows(path: Path) -> list[tuple[str, int]]:
+    """(file, label) per line of a labels.csv."""
+    name = f"{path.parent.name}/{path.name}"
+    if path.stat().st_size > _MAX_LABELS_BYTES:
+        raise DataError(f"{name} has more than {_MAX_LABELS_BYTES} bytes")
     try:
-        yield
-    except (OSError, SyntaxError, ValueError, zlib.error, pil.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded as an image: {error}") from error
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{name}: wanted the columns file,label with integer labels") from error
+    if any(abs(label) >= 1 << 63 for _, label in rows):
+        raise DataError(f"{name}: a label is larger than any number of classes")
+    return rows
 
 
 def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
@@ -383,7 +402,9 @@ def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
 
     def image(index: int) -> Tensor:
         file = source.samples[index][0]
-        with _decoding(file):
-            return prepare(source.loader(file))
+        if Path(file).stat().st_size > IMAGE_BYTES:
+            raise DataError(f"{file} has more than {IMAGE_BYTES} bytes; too many for one image")
+        with open(file, "rb") as stream, decoded_image(stream, file) as picture:
+            return prepare(picture.convert("RGB"))
 
     return EvaluationSet(path.name, image, torch.tensor(source.targets), len(source.classes))

@@ -35,6 +35,18 @@ class DivergenceError(ClusterQError, ArithmeticError):
     """A loss or a statistic became NaN or infinite."""
 
 
+class RunInterrupted(ClusterQError):
+    """A signal ended a run after its state was saved.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class MissingPackageError(ClusterQError, ImportError):
     """An optional package that the request needs is not installed."""
 

@@ -14,12 +14,14 @@ from clusterq.errors import OutputError
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: str | Path, *, overwrite: bool = False, keep: str | None = None) -> Iterator[Path]:
     """A folder to fill that takes the name `path` when the block ends, and vanishes when the block raises.
 
     Args:
         path: final name; its parent is made when absent.
         overwrite: replace a folder of that name. The old one stays in place until the new one is complete.
+        keep: name beside it under which the replaced folder stays, so that a whole one is there at every moment, even
+            when the process is killed between the two renames.
 
     Raises:
         OutputError: the name is taken, or writing into the folder failed (no permission, disk full). Other errors of
@@ -40,7 +42,8 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise _cannot_write(final, error) from error
         with _writing(final):
             _flush(work)
-            _put(work, final, final.with_name(f".{final.name}.{mark}.old"))
+            old = final.with_name(f".{final.name}.{mark}.old")
+            _put(work, final, old, None if keep is None else final.with_name(keep))
             _flush_directory(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -81,16 +84,22 @@ def check_writable(path: str | Path, *, overwrite: bool = False) -> None:
         probe.rmdir()
 
 
-def _put(work: Path, final: Path, old: Path) -> None:
-    """Give `work` the name `final`; a folder of that name is moved to `old` first and back again when that fails."""
+def _put(work: Path, final: Path, old: Path, keep: Path | None) -> None:
+    """Give `work` the name `final`; a folder of that name is moved away first and back again when that fails.
+
+    It is moved to `keep`, whose folder is removed after that by the way of `old`; without `keep` it is itself removed.
+    """
     if not final.exists():
         work.rename(final)
         return
-    final.rename(old)
+    if keep is not None and keep.exists():
+        keep.rename(old)
+    aside = keep or old
+    final.rename(aside)
     try:
         work.rename(final)
     except OSError:
-        old.rename(final)
+        aside.rename(final)
         raise
     # The new folder is in place: a remainder of the old one is no reason to report failure.
     shutil.rmtree(old, ignore_errors=True)

@@ -132,7 +132,8 @@ class _Timm:
 
     def build(self, name: str) -> nn.Module:
         timm = self._timm()
-        if not timm.is_model(name):
+        # timm fetches and reads from elsewhere by names such as hf-hub:USER/MODEL and local-dir:PATH.
+        if ":" in name or "/" in name or not timm.is_model(name):
             raise ModelError(f"timm has no network {name!r}")
         model: nn.Module = timm.create_model(name, pretrained=False)
         return model

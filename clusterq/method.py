@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from clusterq import qat
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.config import preset as named_preset
-from clusterq.errors import ModelError
+from clusterq.divergence import first_nonfinite
+from clusterq.errors import DivergenceError, ModelError
 from clusterq.progress import ConsoleProgress
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
 from clusterq.synthesis.stored import OnStep
@@ -32,6 +33,7 @@ from clusterq.synthesis.stored import OnStep
 ImageSource = BankSource | GeneratorSource | StoredImages
 PhaseProgress = Callable[[str, int, int], None]
 PhaseStep = Callable[[str, int, Mapping[str, float]], None]
+PhaseState = Callable[[str, Callable[[], dict[str, Any]]], None]
 
 # Labels count as near chance below this part of the way from chance, 1 / K, to all correct.
 _NEAR_CHANCE = 0.1
@@ -75,6 +77,8 @@ class ClusterQ:
         progress: True for a progress bar with the time left per phase, or a function called with
             (phase, steps done, steps in all).
         on_step: called with (phase, step, loss terms) for every step, in groups of some steps.
+        after_step: called after every step of `"synthesis"` and `"finetune"` with (phase, function); the function gives
+            a state from which `synthesize(state=)` or `finetune(state=)` of a new object continues bit for bit.
 
     Attributes:
         model: a copy of the network.
@@ -97,6 +101,7 @@ class ClusterQ:
         device: torch.device | str | None = None,
         progress: bool | PhaseProgress = False,
         on_step: PhaseStep | None = None,
+        after_step: PhaseState | None = None,
     ) -> None:
         self.config = named_preset(config) if isinstance(config, str) else config
         # Of its own: students are copied from it later, whatever happens to the caller's network until then.
@@ -108,6 +113,7 @@ class ClusterQ:
         self.seconds: dict[str, float] = {}
         self._progress = progress
         self._on_step = on_step
+        self._after_step = after_step
         # A streaming generator as the warm-up left it: where every fine-tuning run starts from.
         self._warm_generator: dict[str, Any] | None = None
         # Of the stored images; None until it has been found, and always for a streaming generator.
@@ -118,8 +124,11 @@ class ClusterQ:
         """Whether fine-tuning draws fresh images from a generator in training."""
         return isinstance(self.source, GeneratorSource) and self.source.stream
 
-    def synthesize(self) -> ImageSource:
+    def synthesize(self, *, state: Mapping[str, Any] | None = None) -> ImageSource:
         """Make the images (of a streaming source: run the warm-up). Repeating it gives the same bits.
+
+        Args:
+            state: what `after_step` or the source's `state_dict()` gave: continue there, with the same settings.
 
         Warns (UserWarning) when the network assigns hardly more of the images to their labels than chance would: less
         than a tenth of the way from 1 / K to 1. Images of a streaming source are checked by `finetune`.
@@ -138,8 +147,14 @@ class ClusterQ:
                 # One full-loss step of the generator goes with every student step: the length of its schedule.
                 config = replace(config, steps=self.config.finetune.steps)
             source = GeneratorSource(self.teacher, config, seed=seed, batch_size=batch_size, stream=stream)
-        with self._phase("synthesis") as (progress, on_step):
-            source.fit(progress, on_step)
+        if state is not None:
+            source.load_state_dict(state)
+        with self._phase("synthesis", source.state_dict) as (progress, on_step):
+            try:
+                source.fit(progress, on_step)
+            except DivergenceError as error:
+                images = source.images() if isinstance(source, BankSource) else source.sample(1).images()
+                raise _located(error, self.teacher.model, images) from error
         self.source = source
         self._warm_generator = source.state_dict() if self.streaming else None
         self._label_accuracy = None if self.streaming else self._check_labels(source.images(), source.labels())
@@ -197,7 +212,13 @@ class ClusterQ:
             qat.calibrate(student, images[:count].detach(), quantization)
         return student.eval()
 
-    def finetune(self, quantization: QuantizationConfig | None = None, *, student: nn.Module | None = None) -> Result:
+    def finetune(
+        self,
+        quantization: QuantizationConfig | None = None,
+        *,
+        student: nn.Module | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> Result:
         """Calibrate and train a student on the images, which are made first if they are not there yet.
 
         May be called again with other widths: the images are the same, those of a streaming generator too. Warns
@@ -206,6 +227,7 @@ class ClusterQ:
         Args:
             quantization: widths and quantizers; None: those of the configuration.
             student: what `calibrate` gave for the same quantization, trained in place; None: calibrate one.
+            state: what `after_step` gave in an interrupted call: continue there, with the same settings and images.
 
         Raises:
             ValueError: `student` was prepared with another quantization.
@@ -218,10 +240,28 @@ class ClusterQ:
             raise ValueError("student was prepared with another quantization than the one to fine-tune for")
         source = self._rewound_source()
         finetune = config.finetune
+        trained = None
+        if state is not None:
+            trained = state["finetuner"]
+            if state["source"] is not None and isinstance(source, GeneratorSource):
+                source.load_state_dict(state["source"])
+
+        def after_step(finetuner: Callable[[], dict[str, Any]]) -> None:
+            def everything() -> dict[str, Any]:
+                own = source.state_dict() if isinstance(source, GeneratorSource) and source.stream else None
+                return {"finetuner": finetuner(), "source": own}
+
+            if self._after_step is not None:
+                self._after_step("finetune", everything)
+
         with self._phase("finetune") as (progress, on_step):
-            metrics = qat.finetune(
-                student, self.teacher.model, source, finetune, seed=config.seed, progress=progress, on_step=on_step
-            )
+            try:
+                metrics = qat.finetune(
+                    student, self.teacher.model, source, finetune, seed=config.seed, progress=progress,
+                    on_step=on_step, state=trained, after_step=after_step,
+                )  # fmt: skip
+            except DivergenceError as error:
+                raise _located(error, student, source.images()[:1]) from error
         images, labels = source.images(), source.labels()
         accuracy = self._label_accuracy
         if accuracy is None:
@@ -272,8 +312,10 @@ class ClusterQ:
         return 0
 
     @contextmanager
-    def _phase(self, phase: str) -> Iterator[tuple[Callable[[int, int], None] | None, OnStep | None]]:
-        """Times a phase and gives its (progress, on_step) callbacks."""
+    def _phase(
+        self, phase: str, state: Callable[[], dict[str, Any]] | None = None
+    ) -> Iterator[tuple[Callable[[int, int], None] | None, OnStep | None]]:
+        """Times a phase and gives its (progress, on_step) callbacks; with `state`, progress calls `after_step` too."""
         start = time.perf_counter()
         on_step = None if self._on_step is None else functools.partial(self._on_step, phase)
         with ExitStack() as stack:
@@ -282,10 +324,31 @@ class ClusterQ:
                 report = stack.enter_context(ConsoleProgress())
             elif callable(self._progress):
                 report = self._progress
-            yield None if report is None else functools.partial(report, phase), on_step
+            bound = None if report is None else functools.partial(report, phase)
+            yield self._reporting(phase, bound, state), on_step
         if self.teacher.device.type == "cuda":
             torch.cuda.synchronize(self.teacher.device)
         self.seconds[phase] = time.perf_counter() - start
+
+    def _reporting(
+        self, phase: str, progress: Callable[[int, int], None] | None, state: Callable[[], dict[str, Any]] | None
+    ) -> Callable[[int, int], None] | None:
+        after_step = self._after_step
+        if after_step is None or state is None:
+            return progress
+
+        def report(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total)
+            after_step(phase, state)
+
+        return report
+
+
+def _located(error: DivergenceError, network: nn.Module, images: Tensor) -> DivergenceError:
+    """The same error, with the layer where numbers stop being finite if that can still be seen."""
+    place = first_nonfinite(network, images.detach())
+    return DivergenceError(f"{error}; {place}") if place else error
 
 
 def quantize(

@@ -8,9 +8,7 @@ and never any other way) or the library's own name for them. Nothing is fetched 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
-import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clusterq.errors import ModelError, require
+from clusterq.errors import ModelError
 from clusterq.libraries import IMAGENET_MEAN, IMAGENET_STD, LIBRARIES, Facts, named_normalization
 from clusterq.networks import DigitsConvNet, resnet20
+from clusterq.readers import read_pickled_tensors, read_safetensors, require_plain
 
 DIGITS_WEIGHTS = Path(__file__).resolve().parent / "assets" / "digits_convnet.safetensors"
 DIGITS_MEAN, DIGITS_STD = (0.306,), (0.319,)
@@ -221,24 +220,18 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     _require_weight_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            data: Any = require("safetensors.torch", purpose="reading a .safetensors file").load_file(path)
-        else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ModelError(
-            f"{path.name} holds more than plain tensors and was refused, as loading it could run code: "
-            "save the network's state_dict() instead"
-        ) from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, _safetensor_error()) as error:
-        raise ModelError(f"{path.name} cannot be read as a weight file: {_first_line(error)}") from error
+    data: Any
+    if path.suffix == ".safetensors":
+        data = read_safetensors(path, ModelError)
+    else:
+        data = read_pickled_tensors(path, ModelError)
     for key in ("state_dict", "model"):
         if isinstance(data, dict) and isinstance(data.get(key), dict):
             data = data[key]
     if not isinstance(data, dict) or not data or not all(isinstance(v, Tensor) for v in data.values()):
         raise ModelError(f"{path.name} is not a dictionary of tensors")
     state = {str(k).removeprefix("module."): v for k, v in data.items()}
+    require_plain(state, path.name, ModelError)
     _require_finite(state, path.name)
     return state
 
@@ -360,6 +353,11 @@ def _require_weight_file(path: Path) -> None:
         raise ModelError(f"{path.name} is not a PyTorch weight file: it begins with {shown!r}")
 
 
+def runs_code(spec: str) -> bool:
+    """Whether a specification names a Python file, which is run to make the network."""
+    return _split(spec)[0] == "file"
+
+
 def _input_channels(model: nn.Module) -> int:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     return first.in_channels if first is not None else 3
@@ -371,11 +369,3 @@ def _looks_like_path(weights: str) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _safetensor_error() -> type[Exception]:
-    try:
-        error: type[Exception] = importlib.import_module("safetensors").SafetensorError
-    except ModuleNotFoundError:
-        return ValueError
-    return error

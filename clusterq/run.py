@@ -7,8 +7,10 @@ step), the figures with `report.html`, and one checkpoint per width. It is renam
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clusterq import bank, figures, ops, qat, report
+from clusterq import bank, figures, ops, qat, report, states
 from clusterq.checkpoint import write_checkpoint
 from clusterq.config import ClusterQConfig, QuantizationConfig, WeightRange
 from clusterq.data import EvaluationSet, evaluate, open_for
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, file_sha256, load_model
+from clusterq.models import LoadedModel, file_sha256, load_model, runs_code, tensors_sha256
 from clusterq.qat import Row
 from clusterq.readers import write_images
-from clusterq.synthesis import GeneratorSource, project_statistics
-from clusterq.versions import machine, versions
+from clusterq.resume import Notify, Session, command_to_continue
+from clusterq.synthesis import GeneratorSource, StoredImages, project_statistics
+from clusterq.versions import environment, machine, versions
 
 RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
 _PLOTTED_IMAGES = 512
@@ -75,6 +78,9 @@ class RunRequest:
         evaluation_batch: images per evaluation batch.
         device: where to compute.
         command: as typed, for the result.
+        resume: continue an interrupted run of the same request, see `clusterq.resume`.
+        save_every: seconds between two saves of the run's state; None: no state is kept.
+        words: the command without the program's name, from which the run can be continued.
     """
 
     model: str
@@ -96,15 +102,23 @@ class RunRequest:
     device: str = "cpu"
     overwrite: bool = False
     command: str = ""
+    resume: bool = False
+    save_every: float | None = None
+    words: tuple[str, ...] = ()
 
 
 class _Run:
     """The state of one run: what was loaded, what was measured."""
 
-    def __init__(self, request: RunRequest, progress: Progress | None) -> None:
+    def __init__(self, request: RunRequest, progress: Progress | None, session: Session) -> None:
         self.request = request
         self.progress = progress
+        self.session = session
+        self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
+        self._running: dict[str, float] = {}
+        # Of fine-tuning: the part of the run that is told to the session, such as W4A4.
+        self._part = "synthesis"
         self.metrics: list[dict[str, Any]] = []
         with self.timed("load"):
             self.loaded = load_model(
@@ -124,6 +138,7 @@ class _Run:
                 num_classes=self.loaded.num_classes,
                 device=request.device,
                 progress=False if progress is None else progress,
+                after_step=lambda phase, state: session.after_step(self._part, state),
             )
             if request.images is not None:
                 images = bank.open_images(request.images, self.loaded, any_network=request.any_network)
@@ -133,9 +148,43 @@ class _Run:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._running[phase] = time.perf_counter()
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - self._running.pop(phase)
+
+    def begin(self) -> None:
+        """Start or continue, with what earlier processes of this run have done."""
+        request = self.request
+        self.session.begin(
+            self._identity(),
+            environment(request.device),
+            self._spent,
+            resume=request.resume,
+            overwrite=request.overwrite,
+        )
+        for phase, seconds in self.session.carried.get("seconds", {}).items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.start -= self.session.carried.get("total", 0.0)
+
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same for an interrupted run to be continued."""
+        request, network = self.request, self.loaded.model
+        return {
+            "model": {**_model_facts(self.loaded), "tensors_sha256": tensors_sha256(network.state_dict())},
+            "config": request.config.to_dict(),
+            "widths": [str(width) for width in request.widths],
+            "images": None if request.images is None else file_sha256(bank.images_file(request.images)),
+            "data": _data_facts(self.data, request),
+            "device": torch.device(request.device).type,
+        }
+
+    def _spent(self) -> dict[str, Any]:
+        """Seconds so far, those of the phases that are running included."""
+        now = time.perf_counter()
+        seconds = dict(self.seconds)
+        for phase, start in self._running.items():
+            seconds[phase] = seconds.get(phase, 0.0) + now - start
+        return {"seconds": seconds, "total": now - self.start}
 
     def quantization(self, width: Width) -> QuantizationConfig:
         return replace(
@@ -147,6 +196,12 @@ class _Run:
         if self.data is None:
             return None
         call = self.progress
+
+        def progress(done: int, total: int | None) -> None:
+            if call is not None:
+                call(f"evaluate {label}", done, total)
+            self.session.check()
+
         with self.timed("evaluation"):
             result = evaluate(
                 model,
@@ -154,13 +209,20 @@ class _Run:
                 batch_size=self.request.evaluation_batch,
                 limit=self.request.limit,
                 device=self.request.device,
-                progress=None if call is None else lambda done, total: call(f"evaluate {label}", done, total),
+                progress=progress,
             )
         return {"top1": result.top1, "top5": result.top5}
 
     def make_images(self) -> tuple[Tensor, Tensor]:
+        session, source = self.session, self.method.source
         with self.timed("synthesis"):
-            source = self.method.source or self.method.synthesize()
+            if source is None and "synthesis" in session.done:
+                source = self.method.synthesize(state=states.read_state(session.kept("synthesis")))
+            elif source is None:
+                made = self.method.synthesize(state=session.state_of("synthesis"))
+                assert not isinstance(made, StoredImages)
+                source = made
+                session.keep("synthesis", None, lambda folder: states.write_state(folder, made.state_dict()))
         count = self.request.config.finetune.calibration_images
         images = source.images().detach()
         # Those on which every student's ranges are set: fine-tuning begins with the same generator at every width.
@@ -171,7 +233,27 @@ class _Run:
         return images, source.labels()
 
     def width(self, width: Width, folder: Path) -> dict[str, Any]:
-        """Everything about one width: the baselines, the student, its checkpoint."""
+        """Everything about one width: the baselines, the student, its checkpoint. Returns its row of the result."""
+        target, part = folder / "checkpoints" / str(width), str(width)
+        if part not in self.session.done:
+            target.mkdir(parents=True)
+            self.session.keep(part, self._make_width(width, target), lambda kept: _copy_files(target, kept))
+        else:
+            target.mkdir(parents=True)
+            _copy_files(self.session.kept(part), target)
+        done = self.session.done[part]
+        self.metrics += done["metrics"]
+        if done["synthesis"]:
+            self.synthesis_metrics = done["synthesis"]
+        row: dict[str, Any] = done["row"]
+        return row
+
+    def _make_width(self, width: Width, target: Path) -> dict[str, Any]:
+        """The row of a width, its metrics and those of a streaming source; writes the checkpoint into `target`."""
+        once, self._part = self.session.once, str(width)
+        trained_before = sum(
+            self.session.done[str(w)]["seconds"] for w in self.request.widths if str(w) in self.session.done
+        )
         quantization = self.quantization(width)
         row: dict[str, Any] = {
             "bits": str(width),
@@ -180,16 +262,14 @@ class _Run:
             "layer_bits": dict(quantization.layer_bits),
         }
         for name, ranges in _BASELINES.items():
-            with self.timed("calibration"):
-                asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False)
-                student = qat.round_only(self.loaded.model, asymmetric, self.calibration_images, ranges)
-            row[name] = self.measure(student, f"{width} {ranges}")
+            row[name] = once(f"{width} {name}", functools.partial(self._rounded, width, quantization, ranges))
         with self.timed("calibration"):
             student = self.method.calibrate(quantization)
-        row["calibrated"] = self.measure(student, f"{width} calibrated")
+        row["calibrated"] = once(f"{width} calibrated", lambda: self.measure(student, f"{width} calibrated"))
         with self.timed("finetune"):
-            result = self.method.finetune(quantization, student=student)
-        row["student_seconds"] = result.seconds["calibration"] + result.seconds["finetune"]
+            result = self.method.finetune(quantization, student=student, state=self.session.state_of(str(width)))
+        trained = self.seconds["finetune"] - trained_before
+        row["student_seconds"] = result.seconds["calibration"] + trained
         row["clusterq"] = self.measure(result.student, f"{width} ClusterQ")
         row["samples_seen"] = result.samples_seen
         row["label_accuracy"] = 100 * result.label_accuracy
@@ -198,9 +278,6 @@ class _Run:
         row["layers"] = [asdict(layer) for layer in layers]
         row["unreached"] = [asdict(layer) for layer in qat.unreached(result.student)]
         row["checkpoint"] = f"checkpoints/{width}"
-        self.metrics += [{"phase": "finetune", "bits": str(width), **step} for step in result.metrics["finetune"]]
-        target = folder / "checkpoints" / str(width)
-        target.mkdir(parents=True)
         write_checkpoint(
             result.student,
             target,
@@ -212,9 +289,18 @@ class _Run:
             std=self.loaded.std,
             extra={"top1": row["clusterq"]["top1"] if row["clusterq"] else None},
         )
-        if result.metrics["synthesis"]:
-            self.synthesis_metrics = result.metrics["synthesis"]
-        return row
+        return {
+            "row": row,
+            "metrics": [{"phase": "finetune", "bits": str(width), **step} for step in result.metrics["finetune"]],
+            "synthesis": result.metrics["synthesis"] if self.method.streaming else [],
+            "seconds": trained,
+        }
+
+    def _rounded(self, width: Width, quantization: QuantizationConfig, ranges: WeightRange) -> Any:
+        with self.timed("calibration"):
+            asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False)
+            student = qat.round_only(self.loaded.model, asymmetric, self.calibration_images, ranges)
+        return self.measure(student, f"{width} {ranges}")
 
     synthesis_metrics: list[dict[str, float]]
 
@@ -232,24 +318,42 @@ class _Run:
         return points
 
 
-def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]:
+def run(request: RunRequest, progress: Progress | None = None, notify: Notify | None = None) -> dict[str, Any]:
     """Carry out a request and write its run folder.
 
     Args:
         request: what to do.
         progress: called with (phase, done, total or None).
+        notify: called with one sentence where a user should know something.
 
     Returns:
         The content of `result.json`.
 
     Raises:
-        ClusterQError: see `clusterq.errors`; nothing is left behind.
+        ClusterQError: see `clusterq.errors`; nothing is left behind but, with `save_every`, the state to continue from.
+        RunInterrupted: SIGINT or SIGTERM; the state is saved.
     """
     check_writable(request.output, overwrite=request.overwrite)
-    start = time.perf_counter()
-    state = _Run(request, progress)
+    how = command_to_continue(request.output, trust=runs_code(request.model), overwrite=request.overwrite)
+    session = Session(
+        request.output,
+        every=request.save_every,
+        words=list(request.words),
+        how=how,
+        notify=notify or (lambda text: None),
+    )
+    with session:
+        state = _Run(request, progress, session)
+        state.begin()
+        result = _carry_out(state)
+        session.finish()
+    return result
+
+
+def _carry_out(state: _Run) -> dict[str, Any]:
+    request, session = state.request, state.session
     with new_folder(request.output, overwrite=request.overwrite) as folder:
-        full = state.measure(state.loaded.model, "FP32")
+        full = session.once("float", lambda: state.measure(state.loaded.model, "FP32"))
         images, labels = state.make_images()
         source = state.method.source
         state.synthesis_metrics = list(getattr(source, "metrics", []))
@@ -270,7 +374,7 @@ def run(request: RunRequest, progress: Progress | None = None) -> dict[str, Any]
                 labels=labels.cpu(),
                 separability=state.separability(images, labels),
             )
-        result["seconds"] = {**state.seconds, "total": time.perf_counter() - start}
+        result["seconds"] = {**state.seconds, "total": time.perf_counter() - state.start}
         _write_json(folder / "result.json", result)
         with open(folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in state.metrics)
@@ -301,6 +405,7 @@ def _result(
         },
         "baselines": _baselines(len(state.calibration_images)),
         "widths": rows,
+        "resumed": state.session.resumed,
         "seconds": dict(state.seconds),
         "config": settings,
         "versions": versions(),
@@ -311,6 +416,13 @@ def _result(
             if backend.device == torch.device(request.device).type
         },
     }
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Every file of a checkpoint; a manifest belongs to the folder it is in."""
+    for file in source.iterdir():
+        if file.name != states.MANIFEST:
+            shutil.copyfile(file, target / file.name)
 
 
 def _model_facts(loaded: LoadedModel) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def describe(config: ClusterQConfig) -> Iterator[str]:
 def _value(name: str, text: str, hint: Any) -> Any:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    # RecursionError, ValueError of huge numbers: no value of a setting looks like that.
+    except (ValueError, RecursionError):
         value = {"True": True, "False": False, "None": None}.get(text, text)
     if isinstance(value, list):
         value = tuple(value)

@@ -38,6 +38,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def environment(device: str) -> dict[str, Any]:
+    """What the bits of a computation on `device` can depend on beside its input."""
+    found, here = versions(), machine()
+    names = ("processor", "cpu_capability", "threads") if device == "cpu" else ("gpu",)
+    return {"clusterq": found["clusterq"], "torch": str(found["torch"]), **{name: here[name] for name in names}}
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:

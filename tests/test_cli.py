@@ -72,8 +72,11 @@ def _quantize(*more: str, model: str = "net.py:make", weights: str = "weights.pt
     return main([*words, "--output", "out", "--quiet", *FAST, *more])
 
 
-def _refused(capsys: pytest.CaptureFixture[str], code: int, *parts: str) -> None:
-    """Exit code 2, one line on standard error with all `parts`, no run folder and no remains of one."""
+def _refused(capsys: pytest.CaptureFixture[str], code: int, *parts: str, kept: bool = False) -> None:
+    """Exit code 2, one line on standard error with all `parts`, no run folder and no remains of one.
+
+    `kept`: synthesis was done, and its state stays to be continued from, as the line says.
+    """
     captured = capsys.readouterr()
     assert code == 2
     assert captured.out == ""
@@ -81,7 +84,9 @@ def _refused(capsys: pytest.CaptureFixture[str], code: int, *parts: str) -> None
     assert len(lines) == 1 and lines[0].startswith("clusterq: error: ")
     for part in parts:
         assert part in lines[0]
-    assert not [name for name in os.listdir() if name.startswith((".out", "out"))]
+    assert ("; continue with: clusterq quantize --resume out" in lines[0]) == kept
+    left = [name for name in os.listdir() if name.startswith((".out", "out"))]
+    assert left == (["out.partial"] if kept else [])
 
 
 def test_quantize_writes_a_run_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,7 +334,7 @@ def test_full_disk(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
         Path("/dev/full").write_text(json.dumps(data) * 1000)
 
     monkeypatch.setattr(run_module, "_write_json", write)
-    _refused(capsys, _quantize(), "No space left on device")
+    _refused(capsys, _quantize(), "No space left on device", kept=True)
 
 
 def test_nan_loss(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,7 +367,7 @@ def test_error_of_torch_in_a_run(
         raise error
 
     monkeypatch.setattr("clusterq.qat.finetune", fail)
-    _refused(capsys, _quantize(), part)
+    _refused(capsys, _quantize(), part, kept=True)
 
 
 def test_factory_that_raises(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,7 +381,10 @@ def test_interrupt(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
 
     monkeypatch.setattr("clusterq.qat.finetune", interrupt)
     assert _quantize() == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert "interrupted, continue with: clusterq quantize --resume out --trust" in capsys.readouterr().err
+    monkeypatch.setattr("clusterq.run._Run.make_images", interrupt)
+    assert _quantize("--overwrite") == 130
+    assert capsys.readouterr().err == "clusterq: interrupted, nothing was written\n"
     assert not [name for name in os.listdir() if name.startswith((".out", "out"))]
 
 

@@ -24,6 +24,7 @@ from clusterq.qat.trace import evaluating
 from clusterq.synthesis.stored import MetricLog, OnStep
 
 Progress = Callable[[int, int], None]
+AfterStep = Callable[[Callable[[], dict[str, Any]]], None]
 
 # Steps between two looks at the losses: each look waits for the device.
 _CHECK_EVERY = 10
@@ -48,6 +49,8 @@ def finetune(
     seed: int,
     progress: Progress | None = None,
     on_step: OnStep | None = None,
+    state: Mapping[str, Any] | None = None,
+    after_step: AfterStep | None = None,
 ) -> list[dict[str, float]]:
     """Trains the student in place for `config.steps` steps and leaves it in evaluation mode.
 
@@ -59,6 +62,8 @@ def finetune(
         seed: of the augmentation.
         progress: called with (steps done, steps in all) after each step.
         on_step: called with (step, metrics) for every step, some steps later, in groups.
+        state: of `Finetuner.state_dict` in an interrupted call of the same arguments: continue there.
+        after_step: called after each step with a function that gives such a state.
 
     Returns one dictionary per step: `step`, the terms `kd` and `ce` in use, `loss`, and with a teacher in use
     `agreement`, the fraction of images to which both networks give the same class.
@@ -67,7 +72,16 @@ def finetune(
         DivergenceError: a loss became NaN or infinite; names the first step and term.
     """
     run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step)
-    run.run(progress)
+    if state is not None:
+        run.load_state_dict(state)
+
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total)
+        if after_step is not None:
+            after_step(run.state_dict)
+
+    run.run(report)
     return run.metrics
 
 
