@@ -1,6 +1,6 @@
 """A network of scheme deploy in integers: slow, exact, and the yardstick of what is exported.
 
-Every tensor between layers is codes `q` of 2 to 8 bits with a step `s` and a zero point `z`, standing for `(q - z) * s`.
+Every tensor between layers is codes `q` of 2 to 8 bits with a step `s` and a zero point `z`, for values `(q - z) * s`.
 `fl` rounds to float32 (half to even), `rint` to a whole number (half to even). A code is made by
 
     q = clamp(rint(fl(t * m)) + z, low, high)           requantization
@@ -13,19 +13,24 @@ with a whole number t and a multiplier m that depend on what is in front of the 
     average     t = sum of (q_x - z_x) over the n values of a window   m = fl(s_x / fl(s * n))
 
 The sum of a layer is an int32, b its int32 bias; `s_w` and the signs of `q_w - z_w` include BatchNorm
-(`clusterq.nn.integer`). ReLU sets `low` to z, ReLU6 `high` to `rint(fl(6 * fl(1 / s))) + z` besides. A sum of two tensors
-takes `rint(fl(fl((q_a - z_a) * fl(s_a / s)) + fl((q_b - z_b) * fl(s_b / s))))`. The input image, concatenations and
-activation functions other than ReLU are functions of one value (a table of 256 entries except for the image), computed
-as the twin computes them: `rint(fl(f(x) * fl(1 / s)))`. Max pooling, flatten, padding and their like move codes. Logits
-are `fl(t * fl(s_x * s_w))`.
+(`clusterq.nn.integer`). ReLU sets `low` to z, ReLU6 `high` to `rint(fl(6 * fl(1 / s))) + z` besides. A sum of two
+tensors takes `rint(fl(fl((q_a - z_a) * fl(s_a / s)) + fl((q_b - z_b) * fl(s_b / s))))`. The input image, concatenations
+and activation functions other than ReLU are functions of one value (a table of 256 entries except for the image),
+computed as the twin computes them: `rint(fl(f(x) * fl(1 / s)))`. Max pooling, flatten, padding and their like move
+codes. Logits are `fl(t * fl(s_x * s_w))`.
 
-The twin computes the same from products and sums in float32. So with equal codes in front, its codes differ only where
-the exact quotient lies closer to a rounding boundary (k + 1/2) than the float32 error of both, see `rounding_bound`.
+onnxruntime's QLinearConv, QGemm and QLinearGlobalAveragePool follow the same rule bit for bit. The twin computes the
+same from products and sums in float32: with equal codes in front, its codes differ only where the exact quotient of a
+layer, sum or average lies within `(n + 16) * 2^-24 * a` of a rounding boundary k + 1/2. There n is the number of terms,
+a the sum of their magnitudes, bias included, divided by s: the bound of a float32 sum in any order (Higham 2002, section
+4.2) and of the roundings around it. The same holds for onnxruntime's QLinearAdd, whose order of roundings depends on the
+processor.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -72,8 +77,6 @@ class Wide:
         total: int64.
         unit: value of 1, float32, broadcasts against `total`.
         count: values that an average is taken of.
-        size: sum of the magnitudes of all terms, in the same units: what rounding errors are relative to.
-        terms: their number.
     """
 
     total: Tensor
@@ -148,7 +151,8 @@ class IntegerRun:
         values: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             if self.places[node] == "result":
-                return fx.map_arg(node.args[0], lambda n: _value(values[n]))  # type: ignore[return-value]
+                result: Tensor = _mapped(node.args[0], lambda n: _value(values[n]))
+                return result
             values[node] = self._run(node, values, images)
         raise AssertionError("a graph without a result")
 
@@ -172,11 +176,13 @@ class IntegerRun:
             return _call(node, value, module)
         if place == "moving":
             if node.target is operator.getitem and isinstance(read[0], (list, tuple)):
-                return read[0][node.args[1]]
+                index: Any = node.args[1]
+                return read[0][index]
             rest = {n: values[n] for n in node.all_input_nodes[1:]}
             first = node.all_input_nodes[0]
-            move = lambda x: _call(node, {first: x, **rest}, module)  # noqa: E731
-            return read[0].moved(move) if isinstance(read[0], Codes) else move(_value(read[0]))
+            if not isinstance(read[0], Codes):
+                return _call(node, {first: _value(read[0]), **rest}, module)
+            return read[0].moved(lambda x: _call(node, {first: x, **rest}, module))
         codes = self._checked(node, read)
         if place == "add":
             return Sum(*codes)
@@ -288,9 +294,12 @@ def _shaped(x: Any) -> Any:
     return x.total if isinstance(x, Wide) else x.first.centered if isinstance(x, Sum) else x
 
 
+def _mapped(arguments: Any, function: Callable[[fx.Node], Any]) -> Any:
+    return fx.map_arg(arguments, function)
+
+
 def _call(node: fx.Node, values: dict[fx.Node, Any], module: Any) -> Any:
-    args = fx.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.map_arg(node.kwargs, lambda n: values[n])
+    args, kwargs = (_mapped(part, lambda n: values[n]) for part in (node.args, node.kwargs))
     if module is not None:
         return module(*args, **kwargs)
     if node.op == "call_method":

@@ -95,12 +95,12 @@ class _IntegerNorm(_BatchNorm):
 
 
 @functools.cache
-def _integer_norm(cls: Any) -> Any:
+def _integer_norm(cls: type[nn.Module]) -> Any:
     # Tracers take a module for a layer by the package its class says it is from.
     return type(f"Integer{cls.__name__}", (_IntegerNorm, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
-def attach_norm(norm: _BatchNorm, layer: QuantizedConv2d | QuantizedLinear) -> None:
+def attach_norm(norm: Any, layer: QuantizedConv2d | QuantizedLinear) -> None:
     """Makes a BatchNorm with running statistics the integer one of the layer in front of it, in place.
 
     A bias of the layer moves into the running mean.
@@ -110,7 +110,7 @@ def attach_norm(norm: _BatchNorm, layer: QuantizedConv2d | QuantizedLinear) -> N
     if layer.bias is not None:
         with torch.no_grad():
             norm.running_mean.sub_(layer.bias)
-        layer.bias = None
+        layer.register_parameter("bias", None)
     norm.__class__ = _integer_norm(type(norm))
     norm._layer = (layer,)
 
@@ -120,9 +120,7 @@ def integer_norm_of(norm: nn.Module) -> QuantizedConv2d | QuantizedLinear | None
     return norm._layer[0] if isinstance(norm, _IntegerNorm) and norm._layer else None
 
 
-def offset_of(
-    layer: QuantizedConv2d | QuantizedLinear, norm: nn.Module | None = None
-) -> IntegerOffset:
+def offset_of(layer: QuantizedConv2d | QuantizedLinear, norm: nn.Module | None = None) -> IntegerOffset:
     """Numbers of a layer with the BatchNorm behind it, as its twin computes with them."""
     if isinstance(norm, _IntegerNorm):
         gain, offset = norm.gain_and_offset()

@@ -18,10 +18,9 @@ _Layer = TypeVar("_Layer", bound="_QuantizedWeight")
 
 
 class _QuantizedWeight(nn.Module):
-    """What the quantized layers share: `weight_quantizer`, the weight it makes, and in scheme deploy the integer bias."""
+    """What the quantized layers share: `weight_quantizer`, its weight, and in scheme deploy the integer bias."""
 
     weight: Tensor
-    bias: Tensor | None
     weight_quantizer: WeightQuantizer
     _kept_weight: Tensor | None = None
     _kept_scale: Tensor | None = None
@@ -36,7 +35,7 @@ class _QuantizedWeight(nn.Module):
         return output
 
     def in_integers(self) -> bool:
-        """Whether the layer stands for one in integers now: scheme deploy, and its quantizers are on and have ranges."""
+        """Whether the layer stands for one in integers now: scheme deploy, quantizers on, none being calibrated."""
         if not self._source or not self.weight_quantizer.enabled:
             return False
         return self._source[0].enabled and self._source[0].calibration is None
@@ -47,8 +46,9 @@ class _QuantizedWeight(nn.Module):
         scale = self.weight_quantizer.qparams(self.weight)[0] if kept is None else kept
         return self._source[0].qparams()[0].detach(), scale.detach()
 
-    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.quantized_weight(), self.bias
+    def weight_and_bias(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight as the layer uses it, and its bias, which in scheme deploy lies on the grid of the sums."""
+        weight = self.quantized_weight()
         if bias is None or not self.in_integers():
             return weight, bias
         numbers = integer_offset(None, bias.detach(), *self.scales())
@@ -68,7 +68,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
         return _take_over(cls.__new__(cls), layer, quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._conv_forward(x, *self._weight_and_bias())
+        y: Tensor = self._conv_forward(x, *self.weight_and_bias(self.bias))
         return y
 
 
@@ -84,7 +84,7 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         return _take_over(cls.__new__(cls), layer, quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, *self._weight_and_bias())
+        return functional.linear(x, *self.weight_and_bias(self.bias))
 
 
 def _take_over(quantized: _Layer, layer: nn.Module, quantizer: WeightQuantizer) -> _Layer:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from clusterq.qat.prepare import _Conversion
 
 _READS_CODES = ("layer", "add", "mul", "cat", "average", "function", "moving", "quantizer", "result")
-_OUT_OF_PLACE = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
+_OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
 
 
 def separate_norms(student: nn.Module) -> None:
@@ -124,10 +124,12 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[
         if source.op != "call_module" or len(source.users) != 1:
             continue
         layer = modules[str(source.target)]
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and counts[node.target] == counts[source.target] == 1:
-            # BatchNorm1d behind a Linear of more than two dimensions has its channels elsewhere.
-            if isinstance(norm, _BatchNorm) and _plain(norm) and _shared(layer, modules) == 1:
-                yield layer, norm
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not isinstance(norm, _BatchNorm) or not _plain(norm):
+            continue
+        # BatchNorm1d behind a Linear of three dimensions has its channels elsewhere.
+        fits = norm.num_features == len(layer.weight) and _shared(layer, modules) == 1
+        if fits and counts[node.target] == counts[source.target] == 1:
+            yield layer, norm
 
 
 def _shared(layer: nn.Module, modules: dict[str, nn.Module]) -> int:
@@ -156,7 +158,7 @@ def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 def _out_of_place(node: fx.Node) -> None:
     """A sum in place as one that is not, where nothing reads the operand it overwrites later."""
-    other = _OUT_OF_PLACE.get(node.target)  # type: ignore[call-overload]
+    other = _OUT_OF_PLACE.get(node.target)
     first = node.args[0] if node.args else None
     if other is not None and isinstance(first, fx.Node):
         order = {n: i for i, n in enumerate(node.graph.nodes)}

@@ -1,17 +1,17 @@
 """What each call in a network's graph does to a tensor of integer codes: the common ground of scheme deploy.
 
-    source     the input image
-    layer      a quantized Conv2d or Linear: int32 sums
-    norm       BatchNorm folded into the layer in front of it
-    quantizer  codes, after ReLU, ReLU6 or a function of the quantizer's own where it has one
-    passing    leaves values as they are: dropout in evaluation mode, identity
-    moving     gives the same codes in another order, fewer of them, or zeros beside them: max pooling, flatten, padding
-    add, mul, cat, average
-               sums, products, concatenations, and average pooling of codes: wide until a quantizer follows
-    function   an activation function on codes: a table
-    size       not a tensor: shapes and numbers made of them
-    result     what the network returns
-    other      has no form in integers here
+source     the input image
+layer      a quantized Conv2d or Linear: int32 sums
+norm       BatchNorm folded into the layer in front of it
+quantizer  codes, after ReLU, ReLU6 or a function of the quantizer's own where it has one
+passing    leaves values as they are: dropout in evaluation mode, identity
+moving     gives the same codes in another order, fewer of them, or zeros beside them: max pooling, flatten, padding
+add, mul, cat, average
+           sums, products, concatenations, and average pooling of codes: wide until a quantizer follows
+function   an activation function on codes: a table
+size       not a tensor: shapes and numbers made of them
+result     what the network returns
+other      has no form in integers here
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _module_place(module: nn.Module) -> Place:
 def _pads_zeros(node: fx.Node) -> bool:
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode == "constant" and (value is None or value == 0)
+    return mode == "constant" and value in (None, 0)
 
 
 def operands(node: fx.Node, place: Place) -> list[fx.Node]:
