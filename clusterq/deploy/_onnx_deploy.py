@@ -22,7 +22,7 @@ from clusterq.deploy._onnx_aten import arguments, aten
 from clusterq.deploy._onnx_codes import Grid, StoredWeight
 from clusterq.deploy._onnx_convert import _BATCH_NORM, _CONVOLUTIONS, Converter, _geometry
 from clusterq.deploy.integer import integer_weight
-from clusterq.nn.integer import integer_norm_of, offset_of, source_of
+from clusterq.nn.folding import integer_norm_of, offset_of, source_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 
 # Operators that give the same codes as the tensor they take, in another order, fewer of them, or zeros beside them.

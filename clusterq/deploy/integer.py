@@ -13,7 +13,7 @@ with a whole number t and a multiplier m that depend on what is in front of the 
     average     t = sum of (q_x - z_x) over the n values of a window   m = fl(s_x / fl(s * n))
 
 The sum of a layer is an int32, b its int32 bias; `s_w` and the signs of `q_w - z_w` include BatchNorm
-(`clusterq.nn.integer`). ReLU sets `low` to z, ReLU6 `high` to `rint(fl(6 * fl(1 / s))) + z` besides. A sum of two
+(`clusterq.nn.folding`). ReLU sets `low` to z, ReLU6 `high` to `rint(fl(6 * fl(1 / s))) + z` besides. A sum of two
 tensors takes `rint(fl(fl((q_a - z_a) * fl(s_a / s)) + fl((q_b - z_b) * fl(s_b / s))))`. The input image, concatenations
 and activation functions other than ReLU are functions of one value (a table of 256 entries except for the image),
 computed as the twin computes them: `rint(fl(f(x) * fl(1 / s)))`. Max pooling, flatten, padding and their like move
@@ -21,10 +21,10 @@ codes. Logits are `fl(t * fl(s_x * s_w))`.
 
 onnxruntime's QLinearConv, QGemm and QLinearGlobalAveragePool follow the same rule bit for bit. The twin computes the
 same from products and sums in float32: with equal codes in front, its codes differ only where the exact quotient of a
-layer, sum or average lies within `(n + 16) * 2^-24 * a` of a rounding boundary k + 1/2. There n is the number of terms,
-a the sum of their magnitudes, bias included, divided by s: the bound of a float32 sum in any order (Higham 2002, section
-4.2) and of the roundings around it. The same holds for onnxruntime's QLinearAdd, whose order of roundings depends on the
-processor.
+layer, sum or average lies within `(n + 16) * 2^-24 * a` of a rounding boundary k + 1/2. There n is the number of terms
+and a the sum of their magnitudes, bias included, divided by s: the bound of a float32 sum in any order (Higham 2002,
+section 4.2) and of the roundings around it. The same holds for onnxruntime's QLinearAdd, whose order of roundings
+depends on the processor.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from clusterq import ops
 from clusterq.errors import ModelError
-from clusterq.nn.integer import integer_norm_of, offset_of, source_of
+from clusterq.nn.folding import integer_norm_of, offset_of, source_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_reference import code_dtype

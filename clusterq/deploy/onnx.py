@@ -30,7 +30,7 @@ from clusterq.deploy._onnx_codes import Grid, checked_grid
 from clusterq.errors import ModelError, OutputError, require
 from clusterq.folders import write_file
 from clusterq.method import Result
-from clusterq.nn.integer import integer_norm_of
+from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 from clusterq.qat.prepare import prepared_with

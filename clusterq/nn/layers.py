@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clusterq.nn.integer import integer_offset, on_grid
+from clusterq.nn.folding import integer_offset, on_grid
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound="_QuantizedWeight")

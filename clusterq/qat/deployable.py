@@ -10,7 +10,7 @@ What `prepare` does beyond scheme paper:
   activation functions that only concatenations read have `sum_bits` too, for they are rounded once more there.
 - Max pooling, flatten, slices, padding with zeros and their like keep the codes they get.
 - BatchNorm behind a layer is folded: its gain belongs to the steps of the weight, its offset becomes an int32 bias, see
-  `clusterq.nn.integer`. Its parameters stay where they were and train as before. Other BatchNorm becomes a depthwise
+  `clusterq.nn.folding`. Its parameters stay where they were and train as before. Other BatchNorm becomes a depthwise
   convolution of size 1.
 - Biases lie on the grid of the int32 sums.
 
@@ -31,7 +31,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq.errors import ModelError
-from clusterq.nn.integer import attach_norm
+from clusterq.nn.folding import attach_norm
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_checks import code_range

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clusterq.nn.integer import integer_norm_of
+from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.qat.trace import function_activation, module_activation
@@ -154,7 +154,8 @@ def _module_place(module: nn.Module) -> Place:
 def _pads_zeros(node: fx.Node) -> bool:
     mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
-    return mode == "constant" and value in (None, 0)
+    zero = value is None or (isinstance(value, (int, float)) and value == 0)
+    return bool(mode == "constant" and zero)
 
 
 def operands(node: fx.Node, place: Place) -> list[fx.Node]:

@@ -234,13 +234,16 @@ class _Conversion:
         if self.calls.calls is None:
             note += " (in order of definition)" if note else ""
         bits = self._bits(name, bits)
+        # Integer kernels take codes less their zero points, of either sign where BatchNorm is folded: -127 to 127.
+        int8 = config.scheme == "deploy" and bits == 8
         quantizer = WeightQuantizer(
             bits,
             len(module.weight),
             mode="learned" if config.learned_scale else "live",
             method=config.weight_range,
-            symmetric=config.weight_symmetric or (config.scheme == "deploy" and bits == 8),
+            symmetric=config.weight_symmetric or int8,
             gradient=config.gradient,
+            narrow=int8,
         )
         if isinstance(module, nn.Conv2d):
             self.swaps[module] = QuantizedConv2d.from_float(module, quantizer)

@@ -95,7 +95,7 @@ class _IntegerNorm(_BatchNorm):
 
 
 @functools.cache
-def _integer_norm(cls: type[nn.Module]) -> Any:
+def _integer_norm(cls: Any) -> Any:
     # Tracers take a module for a layer by the package its class says it is from.
     return type(f"Integer{cls.__name__}", (_IntegerNorm, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
@@ -111,7 +111,8 @@ def attach_norm(norm: Any, layer: QuantizedConv2d | QuantizedLinear) -> None:
         with torch.no_grad():
             norm.running_mean.sub_(layer.bias)
         layer.register_parameter("bias", None)
-    norm.__class__ = _integer_norm(type(norm))
+    cls: Any = type(norm)
+    norm.__class__ = _integer_norm(cls)
     norm._layer = (layer,)
 
 
