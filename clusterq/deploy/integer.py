@@ -29,6 +29,7 @@ depends on the processor.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from clusterq.nn.folding import integer_norm_of, offset_of, source_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_reference import code_dtype
-from clusterq.qat.places import Places, operands
+from clusterq.qat.places import Places, call_name, operands
 from clusterq.qat.prepare import prepared_with
 from clusterq.qat.trace import trace
 
@@ -77,11 +78,15 @@ class Wide:
         total: int64.
         unit: value of 1, float32, broadcasts against `total`.
         count: values that an average is taken of.
+        size: sum of the magnitudes of all terms, float64, where it is wanted.
+        terms: their number.
     """
 
     total: Tensor
     unit: Tensor
     count: int = 1
+    size: Tensor | None = None
+    terms: int = 1
 
     def multiplier(self, scale: Tensor) -> Tensor:
         return self.unit / (scale * self.count)
@@ -128,14 +133,20 @@ def run_integer(student: nn.Module, images: Tensor, *, return_codes: bool = Fals
 
 
 class IntegerRun:
-    """One network in integers. Calling it runs it; `forced` replaces codes of quantizers, for tests layer by layer.
+    """One network in integers. Calling it runs it; the rest is for tests layer by layer.
+
+    Args:
+        student: see `run_integer`.
+        sizes: note magnitudes of sums.
 
     Attributes:
         codes: of every activation quantizer, one tensor per call.
-        forced: codes less zero points by name of the quantizer, taken instead of those computed behind it.
+        wide: what each of them rounds.
+        forced: codes less zero points by name of the quantizer, which what follows reads instead of `codes`.
     """
 
-    def __init__(self, student: nn.Module) -> None:
+    def __init__(self, student: nn.Module, *, sizes: bool = False) -> None:
+        self.sizes = sizes
         try:
             self.graph = trace(student)
         except ValueError as error:
@@ -160,6 +171,8 @@ class IntegerRun:
         place = self.places[node]
         if place == "source":
             return images
+        if place == "other":
+            raise ModelError(f"{call_name(node)} has no form in integers")
         read = [values[operand] for operand in operands(node, place)]
         module: Any = self.modules.get(str(node.target)) if node.op == "call_module" else None
         if place == "layer":
@@ -188,16 +201,17 @@ class IntegerRun:
             return Sum(*codes)
         if place == "mul":
             a, b = codes
-            return Wide(a.centered * b.centered, a.scale * b.scale)
+            total = a.centered * b.centered
+            return Wide(total, a.scale * b.scale, size=total.abs().double())
         if place == "average":
             return _average(node, module, codes[0])
         if place == "function":
             return _call(node, {node.all_input_nodes[0]: codes[0].value(), **_parameters(node, values)}, module)
-        raise ModelError(f"{_place_name(node)}: {node.target} has no form in integers")
+        raise AssertionError(place)
 
     def _checked(self, node: fx.Node, read: list[Any]) -> list[Codes]:
         if not all(isinstance(value, Codes) for value in read):
-            raise ModelError(f"{_place_name(node)}: {node.target} reads a tensor in floating point")
+            raise ModelError(f"{call_name(node)} reads a tensor in floating point")
         return read
 
     def _layer(self, node: fx.Node, layer: QuantizedConv2d | QuantizedLinear, x: Any) -> Wide:
@@ -210,15 +224,13 @@ class IntegerRun:
         shape = [-1] + [1] * (weight.dim() - 1)
         # Sums of whole numbers below 2^53 are exact in float64, in any order.
         weight = (weight * offset.gain.sign().reshape(shape)).double()
-        column = [-1] + [1] * (x.centered.dim() - 2)
-        if isinstance(layer, QuantizedConv2d):
-            total = layer._conv_forward(x.centered.double(), weight, None)
-        else:
-            total, column = functional.linear(x.centered.double(), weight), [-1]
-        total = total + offset.code.double().reshape(column)
+        inputs, bias = x.centered.double(), offset.code.double()
+        total = _product(layer, inputs, weight, bias)
         if total.numel() and float(total.abs().max()) >= _LARGEST_SUM:
             raise ModelError(f"{node.target}: a sum does not fit an int32")
-        return Wide(total.long(), (x.scale * offset.scale).reshape(column))
+        size = _product(layer, inputs.abs(), weight.abs(), bias.abs()) if self.sizes else None
+        column = [-1] + [1] * (total.dim() - 2) if isinstance(layer, QuantizedConv2d) else [-1]
+        return Wide(total.long(), (x.scale * offset.scale).reshape(column), size=size, terms=weight[0].numel() + 1)
 
     def _quantizer(self, name: str, quantizer: ActivationQuantizer, x: Any) -> Codes:
         scale, zero_point, low, high = quantizer.qparams()
@@ -246,6 +258,13 @@ class IntegerRun:
         return Codes(codes - zero, scale)
 
 
+def _product(layer: QuantizedConv2d | QuantizedLinear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if isinstance(layer, QuantizedConv2d):
+        y: Tensor = layer._conv_forward(x, weight, bias)
+        return y
+    return functional.linear(x, weight, bias)
+
+
 def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> Tensor:
     """Codes of a layer's weight less their zero points, int64, without the sign of BatchNorm's gain."""
     scale, zero_point, low, high = layer.weight_quantizer.qparams(layer.weight)
@@ -255,32 +274,38 @@ def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> Tensor:
 
 def _average(node: fx.Node, module: Any, x: Codes) -> Wide:
     """Sums over the windows of an average pooling, all of the same size."""
-    values = x.centered.double()
-    average = _call(node, {node.all_input_nodes[0]: values}, module)
-    ones = _call(node, {node.all_input_nodes[0]: torch.ones_like(values)}, module)
-    # A window's size from what the average of a single one among zeros is: 1 / n.
-    count = _window(node, module, values, average)
-    if not bool((ones == 1).all()) and count == 0:
-        raise ModelError(f"{_place_name(node)}: {node.target} averages windows of different sizes")
-    return Wide((average * count).round().long(), x.scale, count)
+    values, source = x.centered.double(), node.all_input_nodes[0]
+    average = _call(node, {source: values}, module)
+    count = _window(node, module, values.shape, average.shape)
+    if count == 0:
+        raise ModelError(f"{call_name(node)} averages windows of different sizes")
+    size = _call(node, {source: values.abs()}, module) * count
+    return Wide((average * count).round().long(), x.scale, count, size=size, terms=count)
 
 
-def _window(node: fx.Node, module: Any, values: Tensor, average: Tensor) -> int:
-    if isinstance(module, nn.AvgPool2d) or node.target is functional.avg_pool2d:
-        kernel: Any = module.kernel_size if module is not None else (node.args[1:] or [node.kwargs["kernel_size"]])[0]
-        return int(kernel * kernel) if isinstance(kernel, int) else int(kernel[0] * kernel[1])
-    if average.numel() == 0 or values.numel() % average.numel():
-        raise ModelError(f"{_place_name(node)}: {node.target} averages windows of different sizes")
-    return values.numel() // average.numel()
+_POOL = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+_POOL_DEFAULTS = {"padding": 0, "ceil_mode": False, "count_include_pad": True, "divisor_override": None}
+
+
+def _window(node: fx.Node, module: Any, shape: torch.Size, result: torch.Size) -> int:
+    """Number of values that every average is taken of; 0 where it differs."""
+    if not isinstance(module, nn.AvgPool2d) and node.target is not functional.avg_pool2d:
+        # Adaptive pooling, or a mean over some dimensions; none of them the first.
+        even = len(result) < len(shape) or all(n % max(m, 1) == 0 for n, m in zip(shape, result, strict=True))
+        return math.prod(shape[1:]) // math.prod(result[1:]) if even else 0
+    given: dict[str, Any] = {**dict(zip(_POOL, node.args[1:], strict=False)), **node.kwargs}
+    settings: dict[str, Any] = _POOL_DEFAULTS | (
+        given if module is None else {name: getattr(module, name) for name in _POOL}
+    )
+    kernel, padding = settings["kernel_size"], settings["padding"]
+    cut = padding not in (0, (0, 0)) and not settings["count_include_pad"]
+    if settings["ceil_mode"] or cut or settings["divisor_override"] is not None:
+        return 0
+    return int(kernel * kernel) if isinstance(kernel, int) else int(kernel[0] * kernel[1])
 
 
 def _parameters(node: fx.Node, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
     return {n: values[n] for n in node.all_input_nodes[1:]}
-
-
-def _place_name(node: fx.Node) -> str:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(node.target) if node.op == "call_module" else (stack[-1][0] if stack else "") or "the network"
 
 
 def _value(x: Any) -> Any:

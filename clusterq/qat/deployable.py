@@ -35,7 +35,7 @@ from clusterq.nn.folding import attach_norm
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_checks import code_range
-from clusterq.qat.places import Place, Places, operands, origin, readers
+from clusterq.qat.places import Place, Places, call_name, operands, origin, readers
 from clusterq.qat.trace import is_non_negative, trace
 
 if TYPE_CHECKING:
@@ -202,24 +202,14 @@ def _non_negative(node: fx.Node, places: Places, modules: dict[str, nn.Module]) 
 
 
 def _name(node: fx.Node) -> str:
-    if node.op == "placeholder":
-        return "input_quantizer"
-    if node.op == "call_module":
-        return f"{node.target}_quantizer"
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    prefix = f"{stack[-1][0]}." if stack and stack[-1][0] else ""
-    return f"{prefix}{_function_name(node)}_quantizer"
-
-
-def _function_name(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).strip("_")
+    return "input_quantizer" if node.op == "placeholder" else f"{call_name(node)}_quantizer"
 
 
 def _label(node: fx.Node, modules: dict[str, nn.Module]) -> str:
     if node.op == "placeholder":
         return "input"
     if node.op != "call_module":
-        return _function_name(node)
+        return call_name(node).rpartition(".")[2]
     cls = type(modules[str(node.target)])
     return {"IntegerBatchNorm2d": "BatchNorm2d", "IntegerBatchNorm1d": "BatchNorm1d"}.get(
         cls.__name__, cls.__name__.removeprefix("Quantized")
@@ -263,7 +253,7 @@ def _link(conversion: _Conversion, graph: fx.Graph, places: Places, modules: dic
 def _name_the_rest(conversion: _Conversion, graph: fx.Graph, places: Places, modules: dict[str, nn.Module]) -> None:
     for node in graph.nodes:
         if places[node] == "other":
-            name = str(node.target) if node.op in ("call_module", "get_attr") else _name(node).rpartition(".")[0]
+            name = call_name(node) if node.op == "call_module" else call_name(node).rpartition(".")[0]
             _unreached(conversion, name, _label(node, modules), "no form in integers")
 
 

@@ -79,6 +79,15 @@ _FUNCTIONS: dict[Any, Place] = {
 }
 
 
+def call_name(node: fx.Node) -> str:
+    """Readable: the module that is called, or the function and the module whose forward calls it."""
+    if node.op in ("call_module", "get_attr"):
+        return str(node.target)
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    prefix = f"{stack[-1][0]}." if stack and stack[-1][0] else ""
+    return prefix + str(getattr(node.target, "__name__", node.target)).strip("_")
+
+
 class Places:
     """Places of all nodes of one graph.
 
