@@ -265,5 +265,5 @@ def test_windows_of_different_sizes_are_refused():
     twin = prepare(Uneven(), QuantizationConfig(scheme="deploy"))
     x = torch.randn(2, 3, 8, 8)
     calibrate(twin, x)
-    with pytest.raises(ModelError, match=r"pool: .* different sizes"):
+    with pytest.raises(ModelError, match="pool averages windows of different sizes"):
         run_integer(twin, x)

@@ -53,8 +53,6 @@ def session(model: bytes | str | Path, *, threads: int = 1, optimized: Path | No
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Products of 8 bits by 8 bits that no 16 bits hold: without this some kernels saturate.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     source = model if isinstance(model, bytes) else str(model)

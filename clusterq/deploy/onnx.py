@@ -143,8 +143,9 @@ def build(
 
     config = prepared_with(model)
     deploy = config.scheme == "deploy" and quantized
-    if deploy and operators != "qdq":
-        raise ValueError('operators is "integer"; a network of scheme deploy is written with "qdq"')
+    if deploy and (operators != "qdq" or fold_batch_norm):
+        given = 'operators "integer"' if operators != "qdq" else "fold_batch_norm"
+        raise ValueError(f"{given} is for scheme paper; in scheme deploy layers are integer and BatchNorm is folded")
     twin, grids = _frozen_twin(model, quantized=quantized)
     program = _captured(twin, example_input)
     signature = program.graph_signature
