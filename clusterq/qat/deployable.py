@@ -6,8 +6,9 @@ What `prepare` does beyond scheme paper:
 - So does whatever a layer, a sum, a product, a concatenation, a pooling or a table of an activation function reads
   without having a range yet: outputs of layers that no ReLU follows (linear bottlenecks, the operands of residual
   sums), and the results of sums, concatenations and average pooling. ReLU and ReLU6 behind any of these take its
-  quantizer into them. `activation_bits` where a Conv2d or Linear reads the tensor, `sum_bits` where none does;
-  activation functions that only concatenations read have `sum_bits` too, for they are rounded once more there.
+  quantizer into them. The width is `activation_bits` where a Conv2d or Linear reads the tensor, `sum_bits` where none
+  does or only a BatchNorm that is not folded. Activation functions that only concatenations read have `sum_bits` too,
+  for they are rounded once more there.
 - Max pooling, flatten, slices, padding with zeros and their like keep the codes they get.
 - BatchNorm behind a layer is folded: its gain belongs to the steps of the weight, its offset becomes an int32 bias, see
   `clusterq.nn.folding`. Its parameters stay where they were and train as before. Other BatchNorm becomes a depthwise
@@ -83,7 +84,7 @@ def complete(conversion: _Conversion) -> None:
     for node in list(graph.nodes):
         if places[node] in _READS_CODES:
             for source in _without_range(node, places, modules):
-                bits = _bits(conversion, source, places)
+                bits = _bits(conversion, source, places, modules)
                 settings = {"bits": bits, "non_negative": _non_negative(source, places, modules)}
                 new = conversion.insert(source, _name(source), _label(source, modules), settings)
                 modules[str(new.target)] = student.get_submodule(str(new.target))
@@ -153,6 +154,7 @@ def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
     assert conv.bias is not None
     conv.weight.copy_(gain.reshape(-1, 1, 1, 1))
     conv.bias.copy_((0.0 if norm.bias is None else norm.bias) - mean * gain)
+    conv.normalises = True  # type: ignore[assignment]
     return conv.train(norm.training)
 
 
@@ -183,12 +185,14 @@ def _without_range(node: fx.Node, places: Places, modules: dict[str, nn.Module])
         yield source
 
 
-def _bits(conversion: _Conversion, source: fx.Node, places: Places) -> int:
+def _bits(conversion: _Conversion, source: fx.Node, places: Places, modules: dict[str, nn.Module]) -> int:
     config = conversion.config
     if places[source] == "source":
         return config.input_bits
-    read = {places[reader] for reader in readers(source, places)}
-    return config.activation_bits if "layer" in read else config.sum_bits
+    layers = [reader for reader in readers(source, places) if places[reader] == "layer"]
+    # A BatchNorm that became a layer reads sums as others do.
+    own = any(not hasattr(modules[str(layer.target)], "normalises") for layer in layers)
+    return config.activation_bits if own else config.sum_bits
 
 
 def _non_negative(node: fx.Node, places: Places, modules: dict[str, nn.Module]) -> bool:
