@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import pytest
 from torch import Tensor, nn
 
 from clusterq.config import QuantizationConfig
@@ -16,6 +16,9 @@ from clusterq.deploy._onnx_runtime import session
 from clusterq.deploy.onnx import OnnxExport, export_onnx
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.prepare import prepare
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 
 # What may be left beside integer kernels: one quantization of the image, clips of codes, and codes that move.
 MOVING = {

@@ -18,7 +18,7 @@ from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 
 sys.path.insert(0, os.path.dirname(__file__))
 from deploy_cases import Dense, Gated, Inverted, Residual, randomise
-from onnx_deploy_checks import INTEGER, MOVING, check, made, run
+from onnx_deploy_checks import INTEGER, MOVING, check, made, onnx, run
 
 
 @pytest.mark.parametrize(
