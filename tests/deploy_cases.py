@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Residual(nn.Module):
-    """Max pooling, residual sums with both kinds of shortcut, pooling by mean, two Linear layers with dropout."""
+    """Max pooling, residual sums with both kinds of shortcut, pooling by mean, Linear with BatchNorm, dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +51,14 @@ class Residual(nn.Module):
         self.block1 = Block(4, 4)
         self.block2 = Block(4, 6, 2)
         self.fc1 = nn.Linear(6, 8)
+        self.bn = nn.BatchNorm1d(8)
         self.drop = nn.Dropout(0.5)
         self.fc2 = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(functional.relu(self.stem(x)))
         x = self.block2(self.block1(x)).mean((2, 3))
-        return self.fc2(self.drop(torch.relu(self.fc1(x))))
+        return self.fc2(self.drop(torch.relu(self.bn(self.fc1(x)))))
 
 
 class Inverted(nn.Module):

@@ -64,7 +64,8 @@ class Codes:
 
     def moved(self, function: Any) -> Any:
         """The result of something that moves values about: Codes, or a list of them."""
-        result = function(self.centered.double())
+        # `contiguous` is a call that only passes values on; views want it all the same.
+        result = function(self.centered.double().contiguous())
         if isinstance(result, Tensor):
             return Codes(result.long(), self.scale)
         return [Codes(part.long(), self.scale) for part in result]
@@ -194,7 +195,7 @@ class IntegerRun:
             rest = {n: values[n] for n in node.all_input_nodes[1:]}
             first = node.all_input_nodes[0]
             if not isinstance(read[0], Codes):
-                return _call(node, {first: _value(read[0]), **rest}, module)
+                return _call(node, {first: _value(read[0]).contiguous(), **rest}, module)
             return read[0].moved(lambda x: _call(node, {first: x, **rest}, module))
         codes = self._checked(node, read)
         if place == "add":

@@ -6,10 +6,10 @@ they have less than 8 bits, and DequantizeLinear, with the twin's scales and zer
 and the twin's `x * (1 / scale)`, or sums in another order, fall on two sides of a rounding boundary.
 
 Networks of scheme deploy (`QuantizationConfig.scheme`) become integer kernels throughout: explicit QDQ around every
-layer, sum and pooling, int32 biases, and codes equal to those of `clusterq.deploy.run_integer`, bit for bit except where
-a sum of two tensors lies on a rounding boundary. On processors without VNNI, onnxruntime's kernels saturate sums of two
-products of 8 bits by 8 bits; narrower weights or activations have room. A convolution whose result leaves the network
-without a quantizer is computed in floating point from the same numbers. The rest is about scheme paper.
+layer, sum and pooling, int32 biases, and codes equal to those of `clusterq.deploy.run_integer`, bit for bit except
+where a sum of two tensors lies on a rounding boundary. On processors without VNNI, onnxruntime's kernels saturate sums
+of two products of 8 bits by 8 bits; narrower weights or activations have room. A convolution whose result leaves the
+network without a quantizer is computed in floating point from the same numbers. The rest is about scheme paper.
 
 Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
 rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:
@@ -86,9 +86,10 @@ def export_onnx(
         example_input: a batch the network can run on; a `Result` brings its own.
         packed: weights of up to four bits as INT4, two to the byte, which no CPU kernel of onnxruntime takes: it turns
             them into floating point when it runs. Warns of that.
-        operators: `"qdq"`, or for scheme paper `"integer"`: see above. Weights of 8 bits with zero points stay in floating point.
-        fold_batch_norm: for scheme paper, see above. Not where weights are packed, have 8 bits and zero points, or cannot change sign, or
-            an int32 cannot hold the bias.
+        operators: `"qdq"`, or for scheme paper `"integer"`: see above. Weights of 8 bits with zero points stay in
+            floating point.
+        fold_batch_norm: for scheme paper, see above. Not where weights are packed, have 8 bits and zero points, or
+            cannot change sign, or an int32 cannot hold the bias.
         overwrite: replace a file of that name.
 
     Raises:
