@@ -128,9 +128,15 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[
         if not isinstance(layer, (nn.Conv2d, nn.Linear)) or not isinstance(norm, _BatchNorm) or not _plain(norm):
             continue
         # BatchNorm1d behind a Linear of three dimensions has its channels elsewhere.
-        fits = norm.num_features == len(layer.weight) and _shared(layer, modules) == 1
+        fits = norm.num_features == len(layer.weight) and _shared(layer, modules) == 1 and _can_be_quantized(layer)
         if fits and counts[node.target] == counts[source.target] == 1:
             yield layer, norm
+
+
+def _can_be_quantized(layer: nn.Module) -> bool:
+    from clusterq.qat.prepare import _unsupported_layer
+
+    return isinstance(layer, (QuantizedConv2d, QuantizedLinear)) or _unsupported_layer(layer) == ""
 
 
 def _shared(layer: nn.Module, modules: dict[str, nn.Module]) -> int:
