@@ -96,9 +96,7 @@ def test_places_of_modules(place: str):
 
 def test_origin_readers_and_operands():
     """Readers stand behind calls that move values, origins in front of them; sizes are neither."""
-    graph = _graph(
-        lambda x: torch.cat([x.silu() if False else functional.silu(x).flatten(1).view(x.size(0), -1)] * 2, 1)
-    )
+    graph = _graph(lambda x: torch.cat([functional.silu(x).flatten(1).view(x.size(0), -1)] * 2, 1))
     places = Places(graph, {})
     nodes = {str(places[node]): node for node in graph.nodes}
     silu, cat = nodes["function"], nodes["cat"]
