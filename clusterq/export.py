@@ -145,8 +145,9 @@ def describe(result: dict[str, Any]) -> str:
     ]
     if integer == 0 and not any(layer["container"] == "INT4" for layer in result["layers"]):
         lines.append(
-            "BatchNorm and sums in floating point keep layers from integer kernels; --operators integer and "
-            "--fold-batch-norm are the ways out, see clusterq.export_onnx for what they cost"
+            "BatchNorm and sums in floating point keep layers from integer kernels: quantize with "
+            "--set quantization.scheme=deploy; for this network --operators integer and --fold-batch-norm are the ways "
+            "out, see clusterq.export_onnx for what they cost"
         )
     return "\n".join(lines)
 

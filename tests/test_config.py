@@ -39,6 +39,9 @@ BAD = {
         "correct_batch_norm": [1, "yes"],
         "range_momentum": [1.0, -0.1, float("nan"), "0.9", True],
         "range_steps": [-1, 2.5],
+        "scheme": ["integer", None, True],
+        "input_bits": [1, 9, 8.0],
+        "sum_bits": [1, 16, None],
     },
     SynthesisConfig: {
         "source": ["camera"],

@@ -3,8 +3,13 @@
 Each module needs its library and says so where it is missing.
 
 - `clusterq.deploy.onnx`: ONNX files, public as `clusterq.export_onnx`.
+- `clusterq.deploy.run_integer`: networks of scheme deploy in integers, see `clusterq.deploy.integer`.
 - `clusterq.deploy.torchao`: fake-quantize modules for torchao's PT2E flow and its `quantize_` QAT.
 - `clusterq.deploy.brevitas`: the tensor quantizer of Brevitas's layers.
 
 For torch.ao.quantization see `clusterq.nn.fake_quantize`.
 """
+
+from clusterq.deploy.integer import run_integer
+
+__all__ = ["run_integer"]

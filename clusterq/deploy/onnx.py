@@ -5,6 +5,12 @@ they have less than 8 bits, and DequantizeLinear, with the twin's scales and zer
 21 for packed weights). A dequantized weight has the twin's bits. The code of an activation can differ where `x / scale`
 and the twin's `x * (1 / scale)`, or sums in another order, fall on two sides of a rounding boundary.
 
+Networks of scheme deploy (`QuantizationConfig.scheme`) become integer kernels throughout: explicit QDQ around every
+layer, sum and pooling, int32 biases, and codes equal to those of `clusterq.deploy.run_integer`, bit for bit except
+where a sum of two tensors lies on a rounding boundary. On processors without VNNI, onnxruntime's kernels saturate sums
+of two products of 8 bits by 8 bits; narrower weights or activations have room. A convolution whose result leaves the
+network without a quantizer is computed in floating point from the same numbers. The rest is about scheme paper.
+
 Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
 rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:
 
@@ -30,6 +36,7 @@ from clusterq.deploy._onnx_codes import Grid, checked_grid
 from clusterq.errors import ModelError, OutputError, require
 from clusterq.folders import write_file
 from clusterq.method import Result
+from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 from clusterq.qat.prepare import prepared_with
@@ -79,13 +86,14 @@ def export_onnx(
         example_input: a batch the network can run on; a `Result` brings its own.
         packed: weights of up to four bits as INT4, two to the byte, which no CPU kernel of onnxruntime takes: it turns
             them into floating point when it runs. Warns of that.
-        operators: `"qdq"`, or `"integer"`: see above. Weights of 8 bits with zero points stay in floating point.
-        fold_batch_norm: see above. Not where weights are packed, have 8 bits and zero points, or cannot change sign, or
-            an int32 cannot hold the bias.
+        operators: `"qdq"`, or for scheme paper `"integer"`: see above. Weights of 8 bits with zero points stay in
+            floating point.
+        fold_batch_norm: for scheme paper, see above. Not where weights are packed, have 8 bits and zero points, or
+            cannot change sign, or an int32 cannot hold the bias.
         overwrite: replace a file of that name.
 
     Raises:
-        ValueError: unknown `operators`, or `"integer"` with `packed` or `fold_batch_norm`.
+        ValueError: unknown `operators`, `"integer"` with `packed` or `fold_batch_norm`, or either in scheme deploy.
         ModelError: a network that is not quantized, has no ranges, cannot be captured by `torch.export`, calls an
             operator that has no rule here, or has numbers that ONNX cannot express; names the layer.
         MissingPackageError: onnx is not installed.
@@ -141,6 +149,10 @@ def build(
     from clusterq.deploy._onnx_graph import GraphWriter, shape_of, value_info
 
     config = prepared_with(model)
+    deploy = config.scheme == "deploy" and quantized
+    if deploy and (operators != "qdq" or fold_batch_norm):
+        given = 'operators "integer"' if operators != "qdq" else "fold_batch_norm"
+        raise ValueError(f"{given} is for scheme paper; in scheme deploy layers are integer and BatchNorm is folded")
     twin, grids = _frozen_twin(model, quantized=quantized)
     program = _captured(twin, example_input)
     signature = program.graph_signature
@@ -151,7 +163,13 @@ def build(
     }
     held = {**program.constants, **dict(program.state_dict)}
     tensors = {placeholder: held[name].detach() for placeholder, name in names.items()}
-    converter = Converter(
+    kind: type[Converter] = Converter
+    extra: dict[str, Any] = {}
+    if deploy:
+        from clusterq.deploy._onnx_deploy import DeployConverter, integer_layers
+
+        kind, extra = DeployConverter, {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval())}
+    converter = kind(
         GraphWriter(21 if packed else 17),
         tensors,
         names,
@@ -159,6 +177,7 @@ def build(
         packed=packed,
         fold=fold_batch_norm,
         integer=operators == "integer",
+        **extra,
     )
     nodes = list(program.graph.nodes)
     user_inputs = [node for node in nodes if node.op == "placeholder" and node.name in signature.user_inputs]
@@ -230,6 +249,10 @@ def _frozen_twin(model: nn.Module, *, quantized: bool) -> tuple[nn.Module, dict[
                 raise ModelError(f"{name}: quantization of its weight is switched off")
             grids[key] = checked_grid(name, *parameters, 0)
             module.weight_quantizer = _Grid(grids[key], "none", None, quantized)  # type: ignore[assignment]
+            module._source = ()
+        elif integer_norm_of(module) is not None:
+            # The converter has its numbers in integers; here it marks the place.
+            module.__class__ = nn.BatchNorm2d if isinstance(module, nn.BatchNorm2d) else nn.BatchNorm1d
         elif isinstance(module, ActivationQuantizer):
             if not module.enabled:
                 raise ModelError(f"{name}: quantization is switched off")

@@ -1,0 +1,302 @@
+"""Scheme deploy: what gets a range and how wide, what is folded and what is named; the rest of the library works."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import clusterq
+from clusterq import checkpoint
+from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig
+from clusterq.errors import ModelError
+from clusterq.nn.layers import QuantizedConv2d
+from clusterq.nn.quantizers import ActivationQuantizer, set_quantization
+from clusterq.qat.calibrate import calibrate
+from clusterq.qat.finetune import finetune
+from clusterq.qat.prepare import prepare, report, unreached
+from clusterq.settings import override
+
+sys.path.insert(0, os.path.dirname(__file__))
+from deploy_cases import NETWORKS, Dense, Gated, Inverted, Residual, randomise
+
+CONFIG = QuantizationConfig(scheme="deploy")
+X = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def widths(twin: nn.Module) -> dict[str, int]:
+    return {row.name: row.activation_bits for row in report(twin) if row.activation_bits is not None}
+
+
+def test_ranges_of_a_residual_network():
+    """Operands of sums 8 bits, what layers read 4, the image 8; in execution order."""
+    twin = prepare(randomise(Residual()), CONFIG)
+    assert widths(twin) == {
+        "input_quantizer": 8,
+        "relu": 4,
+        "block1.relu": 4,
+        "block1.bn2_quantizer": 8,
+        "block1.relu_1": 4,
+        "block2.relu": 4,
+        "block2.bn2_quantizer": 8,
+        "block2.relu_1": 4,
+        "mean_quantizer": 4,
+        "relu_1": 4,
+    }
+    order = [row.name for row in report(twin)]
+    assert order.index("block1.conv2") < order.index("block1.bn2_quantizer") < order.index("block1.relu_1")
+    notes = {row.name: row.note for row in report(twin)}
+    assert notes["block1.conv1"] == "block1.bn1 folded in" and notes["stem"] == "first layer"
+    assert unreached(twin) == []
+
+
+def test_ranges_of_linear_bottlenecks():
+    """Their outputs feed sums only; the sums feed convolutions."""
+    found = widths(prepare(randomise(Inverted()), CONFIG))
+    assert [found[f"blocks.{i}.7_quantizer"] for i in (0, 1)] == [8, 8]
+    assert [bits for name, bits in found.items() if name.startswith("add")] == [4, 4]
+    assert found["classifier.0_quantizer"] == 4
+
+
+def test_ranges_of_concatenations_and_tables():
+    dense, gated = (widths(prepare(randomise(net()), CONFIG)) for net in (Dense, Gated))
+    assert dense["relu"] == dense["relu_1"] == dense["adaptive_avg_pool2d_quantizer"] == 4
+    assert {bits for name, bits in dense.items() if "relu" not in name and "adaptive" not in name} == {8}, (
+        "sums, concatenations and what BatchNorm alone reads"
+    )
+    assert gated["stem.1_quantizer"] == 8 and gated["stem.2"] == 4
+    assert gated["left.1"] == gated["silu"] == 8, "only a concatenation reads them"
+    assert gated["mul_quantizer"] == gated["mean_quantizer"] == 4
+
+
+def test_widths_are_settings():
+    config = QuantizationConfig(scheme="deploy", input_bits=6, sum_bits=5, activation_bits=3, layer_bits={"relu": 7})
+    found = widths(prepare(randomise(Residual()), config))
+    assert found["input_quantizer"] == 6 and found["block1.bn2_quantizer"] == 5 and found["relu"] == 7
+    assert found["block1.relu"] == 3
+    own = QuantizationConfig(scheme="deploy", layer_bits={"mean_quantizer": 8})
+    assert widths(prepare(randomise(Residual()), own))["mean_quantizer"] == 8
+    with pytest.raises(ValueError, match=r"input_quantiser.*input_quantizer"):
+        prepare(randomise(Residual()), QuantizationConfig(scheme="deploy", layer_bits={"input_quantiser": 8}))
+
+
+def test_signs_are_known():
+    """Averages of what ReLU gives need no zero point; the image and linear outputs do."""
+    twin: Any = prepare(randomise(Residual()), CONFIG)
+    assert twin.mean_quantizer.non_negative and not twin.input_quantizer.non_negative
+    assert not twin.block1.bn2_quantizer.non_negative
+    dense: Any = prepare(randomise(Dense()), CONFIG)
+    assert not dense.cat_quantizer.non_negative
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_without_quantizers_it_is_the_network(network: type[nn.Module]):
+    net = randomise(network())
+    twin = prepare(net, CONFIG)
+    set_quantization(twin, weights=False, activations=False)
+    torch.testing.assert_close(twin(X), net(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_layer_reads_codes(network: type[nn.Module]):
+    """Inputs of layers lie on a grid of at most 2^bits values, biases on the grid of the sums."""
+    twin = prepare(randomise(network()), CONFIG)
+    calibrate(twin, X)
+    layers = {n: m for n, m in twin.named_modules() if hasattr(m, "weight_quantizer")}
+    seen: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        layer.register_forward_pre_hook(lambda module, args, name=name: seen.__setitem__(name, args[0]))
+    with torch.no_grad():
+        twin(X)
+    assert set(seen) == set(layers)
+    for name, layer in layers.items():
+        assert len(seen[name].unique()) <= 2 ** layer._source[0].bits
+        if layer.bias is not None:
+            _, bias = layer.weight_and_bias(layer.bias)
+            unit = layer._source[0].qparams()[0].double() * layer.weight_quantizer.qparams(layer.weight)[0].double()
+            ratio = bias.double() / unit
+            assert bool((ratio - ratio.round()).abs().max() < 1e-4 * ratio.abs().max().clamp_min(1))
+
+
+def test_eight_bit_weights_fit_int8():
+    config = QuantizationConfig(scheme="deploy", weight_bits=8)
+    twin = prepare(randomise(Residual()), config)
+    for layer in twin.modules():
+        if isinstance(layer, QuantizedConv2d):
+            quantizer = layer.weight_quantizer
+            assert quantizer.symmetric and (quantizer.quant_min, quantizer.quant_max) == (-127, 127)
+    mixed = QuantizationConfig(scheme="deploy", layer_bits={"fc1": 8})
+    twin: Any = prepare(randomise(Residual()), mixed)
+    assert twin.fc1.weight_quantizer.narrow and not twin.fc2.weight_quantizer.narrow
+    live = QuantizationConfig(scheme="deploy", weight_bits=8, weight_range="minmax", learned_scale=False)
+    twin = prepare(randomise(Residual()), live)
+    codes = twin.stem.quantized_weight() / twin.stem.weight_quantizer.qparams(twin.stem.weight)[0].reshape(-1, 1, 1, 1)
+    assert int(codes.round().abs().max()) == 127
+
+
+class Shared(nn.Module):
+    """One convolution on two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.twice = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twice(functional.relu(self.twice(functional.relu(self.stem(x))))).mean((2, 3))
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if bool(x.sum() > 0) else self.conv(-x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+
+class Odd(nn.Module):
+    """Operations without a form in integers between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.last = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.sub(self.norm(self.first(x)), 1.0))
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(functional.pad(x, (0, 1, 0, 1)))
+
+
+class OwnForward(nn.Module):
+    """BatchNorm behind a layer that is not quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = OwnConv(3, 4, 2)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(functional.relu(self.norm(self.first(x)))).mean((2, 3))
+
+
+def test_what_stays_in_floating_point_is_named():
+    with pytest.warns(UserWarning, match="has a forward of its own"):
+        own = prepare(randomise(OwnForward()), CONFIG)
+    calibrate(own, X)
+    assert isinstance(own.norm, QuantizedConv2d) and len(unreached(own)) == 1
+    with pytest.raises(ModelError, match="first has no form in integers"):
+        clusterq.deploy.run_integer(own, X)
+    with pytest.warns(UserWarning, match=r"twice bias \(the layer is called on tensors of different ranges\)"):
+        prepare(Shared(), CONFIG)
+    with pytest.warns(UserWarning, match="no form in integers"):
+        twin = prepare(Odd(), CONFIG)
+    assert [(row.name, row.kind) for row in unreached(twin)] == [("norm", "GroupNorm"), ("", "sub")]
+    calibrate(twin, X)
+    with torch.no_grad():
+        assert torch.isfinite(twin(X)).all()
+
+
+def test_untraceable_networks_are_refused():
+    with pytest.raises(ModelError, match=r"scheme deploy needs a graph: .*torch\.fx"):
+        prepare(Branching(), CONFIG, example_input=X)
+    assert unreached(prepare(Branching(), QuantizationConfig(), example_input=X)) == []
+
+
+def test_correction_and_calibrating_again():
+    net = randomise(Residual())
+    twin = prepare(net, CONFIG)
+    calibrate(twin, X)
+    state = {k: v.clone() for k, v in twin.state_dict().items()}
+    calibrate(twin, X)
+    assert all(torch.equal(v, state[k]) for k, v in twin.state_dict().items())
+    plain = prepare(net, QuantizationConfig(scheme="deploy", correct_batch_norm=False))
+    calibrate(plain, X)
+    seen: dict[str, Tensor] = {}
+
+    def mean_of(model: Any) -> Tensor:
+        # At once: the ReLU behind it works in place.
+        handle = model.block1.bn1.register_forward_hook(lambda m, i, y: seen.__setitem__("y", y.mean((0, 2, 3))))
+        with torch.no_grad():
+            model(X)
+        handle.remove()
+        return seen["y"]
+
+    wanted = mean_of(net)
+    assert float((mean_of(twin) - wanted).abs().max()) < 0.5 * float((mean_of(plain) - wanted).abs().max())
+
+
+class _Source:
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return X, torch.arange(8) % 5
+
+
+@pytest.mark.parametrize("network", [Residual, Inverted])
+def test_fine_tuning(network: type[nn.Module]):
+    net = randomise(network())
+    twin = prepare(net, CONFIG)
+    calibrate(twin, X)
+    before = {n: p.detach().clone() for n, p in twin.named_parameters()}
+    steps = FinetuneConfig(steps=40, batch_size=8, augment=False, temperature=1.0, lr=5e-3)
+    losses = [step["loss"] for step in finetune(twin, net, _Source(), steps, seed=0)]
+    assert sum(losses[-10:]) < sum(losses[:10]), "the images are the same in every step"
+    moved = {n for n, p in twin.named_parameters() if not torch.equal(p, before[n])}
+    assert "input_quantizer.scale" in moved and {n for n in before if n.endswith("bias")} <= moved
+
+
+def test_ranges_from_the_first_training_batch():
+    twin = prepare(randomise(Residual()), CONFIG)
+    for module in twin.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.training = True
+    twin(X).sum().backward()
+    assert all(m.observations == 1 for m in twin.modules() if isinstance(m, ActivationQuantizer))
+
+
+def test_checkpoint(tmp_path: Path):
+    config = ClusterQConfig(quantization=CONFIG)
+    twin = prepare(randomise(Residual()), CONFIG)
+    calibrate(twin, X)
+    checkpoint.save(twin, tmp_path / "net", config=config, input_shape=(3, 16, 16))
+    loaded = checkpoint.load(tmp_path / "net", Residual())
+    with torch.no_grad():
+        assert torch.equal(loaded(X), twin(X))
+        assert torch.equal(clusterq.deploy.run_integer(loaded, X), clusterq.deploy.run_integer(twin, X))
+    assert report(loaded) == report(twin)
+
+
+def test_records_without_a_scheme_are_of_scheme_paper():
+    data = ClusterQConfig().to_dict()
+    for name in ("scheme", "input_bits", "sum_bits"):
+        del data["quantization"][name]
+    assert ClusterQConfig.from_dict(data).quantization.scheme == "paper"
+
+
+def test_command_line_setting():
+    config = override(ClusterQConfig(), ["quantization.scheme=deploy", "quantization.sum_bits=6"])
+    assert config.quantization.scheme == "deploy" and config.quantization.sum_bits == 6
+    with pytest.raises(ValueError, match=r"paper \| deploy"):
+        override(ClusterQConfig(), ["quantization.scheme=other"])
+
+
+def test_compiled_and_copied():
+    twin = prepare(randomise(Residual()), CONFIG)
+    calibrate(twin, X)
+    other = copy.deepcopy(twin)
+    with torch.no_grad():
+        assert torch.equal(other(X), twin(X))
+        compiled = torch.compile(twin, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(X), twin(X))

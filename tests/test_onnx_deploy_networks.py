@@ -1,0 +1,80 @@
+"""Whole networks of scheme deploy in onnxruntime."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clusterq.data import open_for
+from clusterq.deploy import run_integer
+from clusterq.deploy._onnx_runtime import integer_kernels
+from clusterq.deploy.onnx import export_onnx
+from clusterq.models import load_model
+from clusterq.nn.layers import quantized_weights_kept
+from clusterq.qat.prepare import unreached
+
+sys.path.insert(0, os.path.dirname(__file__))
+from deploy_cases import randomise
+from onnx_deploy_checks import INTEGER, MOVING, check, made
+
+
+def _torchvision(name: str) -> nn.Module:
+    models = pytest.importorskip("torchvision.models")
+    model = getattr(models, name)(weights=None)
+    if name == "vgg16_bn":
+        # Its own classifier has 120 million weights.
+        model.avgpool, model.classifier = nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Linear(512, 64), nn.Linear(64, 10))
+    return model
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2", "vgg16_bn"])
+def test_torchvision(name: str, data_dir: Path, tmp_path: Path):
+    """Minutes of torch.export: only where CLUSTERQ_DATA asks for real networks."""
+    model, x = randomise(_torchvision(name)), torch.randn(2, 3, 32, 32)
+    twin = made(model, x)
+    assert unreached(twin) == []
+    operators = check(twin, x, tmp_path)
+    assert set(operators) <= INTEGER | MOVING and operators["QuantizeLinear"] == 1
+
+
+def test_timm(data_dir: Path, tmp_path: Path):
+    timm = pytest.importorskip("timm")
+    for name in ("efficientnet_lite0", "regnetx_002"):
+        model, x = randomise(timm.create_model(name)), torch.randn(2, 3, 32, 32)
+        twin = made(model, x)
+        assert unreached(twin) == []
+        operators = check(twin, x, tmp_path)
+        assert set(operators) <= INTEGER | MOVING
+
+
+def test_resnet20_on_real_images(data_dir: Path, tmp_path: Path):
+    """Layer by layer on images of CIFAR-10: onnxruntime, the integers, and the class of the twin."""
+    loaded = load_model("builtin:resnet20", str(data_dir / "networks" / "cifar10_resnet20.pt"))
+    images = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
+    x, labels = next(iter(images.batches(512, 512)))
+    twin = made(loaded.model, x[:128])
+    operators = check(twin, x, tmp_path)
+    assert set(operators) <= INTEGER | MOVING
+    assert operators["QLinearConv"] == 19 and operators["QLinearAdd"] == 9 and operators["QGemm"] == 1
+    with torch.no_grad(), quantized_weights_kept(twin):
+        wanted = twin(x).argmax(1)
+    found = run_integer(twin, x).argmax(1)
+    assert int((wanted != found).sum()) <= 0.001 * len(x) + 1
+    assert float((found == labels).float().mean()) > 0.88
+    assert len(integer_kernels(export_onnx(twin, tmp_path / "k.onnx", example_input=x[:2])).layers) == 20
+
+
+def test_mobilenet_v1_on_real_images(data_dir: Path, tmp_path: Path):
+    folder = data_dir / "networks"
+    loaded = load_model(
+        f"{folder / 'networks.py'}:mobilenet_v1_025", str(folder / "imagenet_mobilenetv1_025.pt"), input_size=64
+    )
+    x = torch.randn(8, 3, 64, 64)
+    twin = made(loaded.model, x, weight_bits=8, activation_bits=8)
+    operators = check(twin, x, tmp_path)
+    assert set(operators) <= INTEGER | MOVING
