@@ -1,9 +1,9 @@
 """Integer codes of 2 to 8 bits without gaps between them, and back: exact.
 
 A row (the last dimension) is a stream of bits in which bit i is bit `i % 8` of byte `i // 8`, bit 0 the lowest. Code j
-takes the `bits` bits from bit `j * bits` on, its own lowest bit first; with 2 and 4 bits that is ONNX's INT4 and UINT4:
-the first code in the lowest bits of a byte. Signed codes are stored in two's complement. Unused bits of the last byte of
-a row are 0. Results are contiguous.
+takes the `bits` bits from bit `j * bits` on, its own lowest bit first; with 4 bits that is ONNX's INT4 and UINT4: the
+first code in the lowest bits of a byte. Signed codes are stored in two's complement. Unused bits of the last byte of a
+row are 0. Results are contiguous.
 
 Widths of 2 and 4 bits are dispatcher ops with kernels; the others, which only files need, are made of torch's.
 """
