@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq import checkpoint, data
+from clusterq.deploy._packed_record import PackedRecord
 from clusterq.errors import CheckpointError, OutputError, require
 from clusterq.models import build_model, own_transform
 
@@ -155,7 +156,7 @@ def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=2)
 
 
-def _open(spec: str, record: checkpoint.CheckpointRecord, twin: nn.Module) -> data.EvaluationSet:
+def _open(spec: str, record: checkpoint.CheckpointRecord | PackedRecord, twin: nn.Module) -> data.EvaluationSet:
     transform = None
     if record.source is not None:
         transform = own_transform(record.source, twin, record.input_shape, record.mean, record.std)

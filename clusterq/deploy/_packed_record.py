@@ -27,7 +27,8 @@ LAYOUT = (
     "packed.safetensors holds, little-endian, one tensor of each kind with the entries listed here one after another. "
     "codes: per weight ceil(elements*bits/8) bytes; bit i of them is bit i%8 of byte i//8, bit 0 the lowest; element j "
     "in row-major order takes bits j*bits to (j+1)*bits-1, lowest first, two's complement. "
-    "scales, zero_points (absent: all 0): shape[0] each. batch_norms: gamma, beta, mean, variance, channels each. "
+    "scales, zero_points (absent: all 0): shape[0] each. activation_scales: one each. batch_norms: gamma, beta, mean, "
+    "variance, channels each. tensors.DTYPE: elements in row-major order. "
     "weight = (code-zero_point)*scale per entry of axis 0. activation: first relu, relu6 or none, then "
     "(clamp(round_half_even(x*(1/scale))+zero_point, quant_min, quant_min+2^bits-1)-zero_point)*scale, in float32."
 )
@@ -171,13 +172,12 @@ def _record(data: Mapping[str, Any]) -> PackedRecord:
         raise ValueError("it lists no weights")
     # Some layer has a row for every class: a network for more of them than the file has rows is not built.
     rows = max([shape[0] for _, shape, _ in weights] + [shape[0] for _, _, shape in tensors if shape])
-    source = data["source"]
     return PackedRecord(
         network=_text(data["network"], "network"),
         quantization=ClusterQConfig.from_dict({"quantization": data["quantization"]}).quantization,
         input_shape=(channels, height, width),
         num_classes=_whole(data["num_classes"], "num_classes", 1, rows),
-        source=None if source is None else Source(**source),
+        source=None if data["source"] is None else _source(data["source"]),
         mean=tuple(_number(v, "mean") for v in _items(data["mean"])),
         std=tuple(_number(v, "std") for v in _items(data["std"])),
         tensors_sha256=_text(data["tensors_sha256"], "tensors_sha256"),
@@ -187,6 +187,12 @@ def _record(data: Mapping[str, Any]) -> PackedRecord:
         batch_norms=_entries(data, "batch_norms", _norm),
         tensors=tensors,
     )
+
+
+def _source(value: Any) -> Source:
+    source = Source(**value)
+    weights = None if source.weights is None else _text(source.weights, "source.weights")
+    return Source(_text(source.model, "source.model"), weights, _text(source.weights_sha256, "source.weights_sha256"))
 
 
 def _weight(entry: Any) -> WeightEntry:

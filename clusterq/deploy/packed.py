@@ -313,8 +313,8 @@ def _unpack(tensors: Mapping[str, Tensor], record: PackedRecord, file: Path) -> 
         packed = take("codes", code_bytes(shape, bits))
         codes = ops.unpack_codes(packed, bits, math.prod(shape), signed=True).reshape(shape)
         weights[name] = CodedWeight(codes, take("scales", shape[0]), take("zero_points", shape[0]), bits)
-        zero_point, half = weights[name].zero_point.int(), 1 << (bits - 1)
-        if bool(((zero_point < -half) | (zero_point >= half)).any()):
+        half, zero_points = 1 << (bits - 1), weights[name].zero_point.int()
+        if bool(((zero_points < -half) | (zero_points >= half)).any()):
             raise CheckpointError(f"{file}: a zero point of {name} lies outside its {bits}-bit codes")
     activations: dict[str, ActivationGrid] = {}
     for name, bits, quant_min, zero_point, activation in record.activations:
