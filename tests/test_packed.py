@@ -297,7 +297,7 @@ def test_malformed_record(change: Callable[[dict[str, Any]], Any], message: str,
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\xff", '"packed"'])
 def test_record_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "packed.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(CheckpointError, match="damaged|not the record"):
+    with pytest.raises(CheckpointError, match=r"damaged|not the record"):
         load_packed(tmp_path)
 
 
@@ -345,7 +345,7 @@ def test_network_that_does_not_fit(tmp_path: Path) -> None:
         packed.network()
     with pytest.raises(CheckpointError, match=r"conv1\.weight is \[5, 3, 3, 3\]; wanted \[6, 3, 3, 3\]"):
         packed.network(Net(6))
-    with pytest.raises(CheckpointError, match="does not fit the network: weight 0.weight is missing in the file"):
+    with pytest.raises(CheckpointError, match=r"does not fit the network: weight 0\.weight is missing in the file"):
         packed.network(nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU()))
     other = Net()
     other.bn1.eps = 1e-3

@@ -141,8 +141,8 @@ def test_converted_is_plain(twin: nn.Module) -> None:
     with pytest.raises(ValueError, match="does not come from clusterq"):
         clusterq.qat.report(converted)
     x = torch.randn(3, *SHAPE)
-    inside = convert(twin).to(torch.float64)
-    assert inside(x.double()).dtype == torch.float64
+    wide = convert(twin).to(torch.float64)
+    assert wide(x.double()).dtype == torch.float64
 
 
 def test_what_cannot_be_converted(twin: nn.Module) -> None:
