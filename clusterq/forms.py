@@ -20,7 +20,7 @@ from clusterq.deploy._packed_record import PackedRecord
 from clusterq.deploy.packed import PackedNetwork, is_packed, load_packed, save_packed, theoretical_bytes
 from clusterq.deploy.plain import convert
 from clusterq.errors import OutputError
-from clusterq.export import _bytes, _open, _random, find_checkpoint
+from clusterq.export import _bytes, _open, _random, find_checkpoint, table
 from clusterq.folders import write_file
 from clusterq.models import build_model
 from clusterq.nn.layers import quantized_weights_kept
@@ -193,9 +193,7 @@ def describe(result: dict[str, Any]) -> str:
         [layer["name"], str(layer["bits"]), _bytes(layer["stored_bytes"]), _bytes(layer["float_bytes"])]
         for layer in result["layers"]
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines = [table(rows)]
     tensors, theory = result["tensor_bytes"], result["theoretical_bytes"]
     above = f"{100 * (tensors / theory - 1):.1f} % above the {theory} B of its numbers"
     lines += [
