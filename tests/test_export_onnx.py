@@ -441,11 +441,12 @@ def test_command(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     file = checkpoints / "checkpoints/W4A4/model.onnx"
     assert file.is_file() and "BatchNorm and sums" not in text
-    rows = [line.split() for line in text.splitlines()]
+    # Without the column on OpenVINO, where it is installed.
+    rows = [line.split()[:9] for line in text.splitlines() if not line.startswith("onnxruntime")]
     assert ["0", "Conv", "4", "INT8", "124", "B", "432", "B", "float"] in rows
     # Behind a quantizer, with one behind it, and no BatchNorm in between.
     assert ["3", "Conv", "4", "INT8", "160", "B", "576", "B", "integer"] in rows
-    runtime = next(row for row in rows if row[:1] == ["onnxruntime"])
+    runtime = next(line.split() for line in text.splitlines() if line.startswith("onnxruntime"))
     assert runtime[1:6] == ["1", "QLinearConv", "1", "of", "3"] and runtime[-3:] == ["256", "of", "256"]
     assert "images: random" in text
     assert main([*words, "--bits", "W8A4", "--output", "own.onnx", "--operators", "integer", "--json"]) == 0
