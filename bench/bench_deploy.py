@@ -4,8 +4,8 @@
     pytest bench/bench_deploy.py --benchmark-only
 
 ResNet-20 on 32x32 images, torchvision's ResNet-18 and MobileNet-V2 on 224x224 ones, W4A4, batch 1 and 32, weights as
-they are drawn: time does not depend on them. `float` is the same graph without quantizers, in the same runtime, from the
-same exporter. OpenVINO's networks are compiled for the size of the batch and compute in float32 where they do not
+they are drawn: time does not depend on them. `float` is the same graph without quantizers, in the same runtime, from
+the same exporter. OpenVINO's networks are compiled for the size of the batch and compute in float32 where they do not
 compute in integers. A runtime that is not installed is left out, with a line; the note of a row tells how many of the
 network's layers the runtime computes in integers.
 
