@@ -19,6 +19,7 @@ from clusterq.settings import Range, check_fields
 WeightRange = Literal["mse", "minmax"]
 ActivationRange = Literal["mse", "minmax", "ema"]
 Gradient = Literal["clipped", "pass_through"]
+Scheme = Literal["paper", "deploy"]
 Reduction = Literal["sum", "mean"]
 Spread = Literal["std", "var"]
 Assignment = Literal["teacher", "label", "nearest"]
@@ -70,8 +71,7 @@ class LayerBits(Mapping[str, int]):
 class QuantizationConfig:
     """How the low-bit twin of a network quantizes.
 
-    Weights are quantized per output channel, activations per tensor after every activation function (scheme `"paper"`:
-    input image, residual sums and pooled features stay in floating point).
+    Weights are quantized per output channel, activations per tensor after every activation function.
 
     Attributes:
         weight_bits, activation_bits: widths, 2 to 8 (any mixture, such as W4A8).
@@ -86,11 +86,18 @@ class QuantizationConfig:
             it weights are re-ranged from their live values in every forward and activations keep their calibrated or
             EMA range.
         gradient: straight-through estimator of the not-learned quantizers.
-        weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range.
+        weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range. Weights of 8 bits in
+            scheme deploy always have it: without it codes less their zero point would not fit an int8.
         correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
         range_steps: forwards after which EMA ranges are frozen; calibration counts as the first.
+        scheme: `"paper"` leaves the input image, BatchNorm, residual sums, pooled features and biases in floating
+            point. `"deploy"` gives a range to every tensor that an integer kernel would read, folds BatchNorm and puts
+            biases on the grid of an int32: see `clusterq.qat.deployable`.
+        input_bits: width of the input image in scheme deploy.
+        sum_bits: width in scheme deploy of what no layer multiplies by weights: operands of sums, of concatenations, of
+            pooling and of other activation functions than ReLU, where no Conv2d or Linear reads them too.
     """
 
     weight_bits: Bits = 4
@@ -107,6 +114,9 @@ class QuantizationConfig:
     correct_batch_norm: bool = True
     range_momentum: Momentum = 0.9
     range_steps: Steps = 800
+    scheme: Scheme = "paper"
+    input_bits: Bits = 8
+    sum_bits: Bits = 8
 
     def __post_init__(self) -> None:
         check_fields(self, "quantization")

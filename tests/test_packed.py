@@ -97,6 +97,50 @@ def test_round_trip(config: dict[str, Any], tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "net" / name).read_bytes()
 
 
+class Folded(nn.Module):
+    """BatchNorm behind layers with and without a bias, without gamma and beta, and before any layer; a residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.BatchNorm2d(3)
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.act = nn.ReLU()
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6, affine=False)
+        self.conv3 = nn.Conv2d(6, 6, 1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.bn1(self.conv1(self.first(x))))
+        x = functional.relu(self.conv3(x) + self.bn2(self.conv2(x)))
+        y: Tensor = self.fc(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+        return y
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_bits": 8, "weight_symmetric": True}, {"learned_scale": False}])
+def test_scheme_deploy(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Folded BatchNorm and biases are stored as the twin computes with them; channels that are constants as such."""
+    twin = twin_of(Folded(), scheme="deploy", **settings)
+    with torch.no_grad():
+        twin.bn1.weight[0], twin.bn1.bias[0] = 0.0, 0.7
+        twin.conv3.bias[1] = 1e12
+        twin.conv3.bias[2] = 0.123
+    save_packed(twin, tmp_path / "net", input_shape=SHAPE)
+    packed = load_packed(tmp_path / "net")
+    network = packed.network(Folded())
+    x = torch.randn(9, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(network(x), twin(x))
+    assert not bool(network.conv3.weight[1].any()) and bool(network.conv3.weight[2].any())
+    assert {name: eps for name, _, eps in packed.record.batch_norms} == {"bn1": 0.0, "bn2": 0.0}
+    assert type(network.bn2) is nn.BatchNorm2d and network.bn2.eps == 0.0
+    # Whole numbers of the unit in which the products are summed.
+    step = packed.numbers.activations["act"].scale * packed.numbers.weights["conv3.weight"].scale
+    codes = packed.numbers.tensors["conv3.bias"] / step
+    assert float((codes[2:] - codes[2:].round()).abs().max()) < 1e-3 * float(codes[2:].abs().max())
+
+
 def test_weights_load_into_the_users_own_network(tmp_path: Path) -> None:
     twin = twin_of(Net(), weight_bits=3)
     save_packed(twin, tmp_path / "net", input_shape=SHAPE)

@@ -22,6 +22,7 @@ from clusterq.qat import calibrate
 SHAPE = (3, 10, 10)
 CONFIGS: dict[str, dict[str, Any]] = {
     "learned": {},
+    "deploy": {"scheme": "deploy", "sum_bits": 6},
     "fixed": {"learned_scale": False, "weight_range": "minmax", "weight_bits": 2, "activation_symmetric": True},
     "ema": {"learned_scale": False, "activation_range": "ema", "gradient": "pass_through", "activation_bits": 8},
 }

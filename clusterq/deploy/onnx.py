@@ -31,6 +31,7 @@ from clusterq.deploy._onnx_codes import Grid, checked_grid
 from clusterq.errors import ModelError, OutputError, require
 from clusterq.folders import write_file
 from clusterq.method import Result
+from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 from clusterq.qat.prepare import prepared_with
@@ -141,6 +142,10 @@ def build(
     from clusterq.deploy._onnx_graph import GraphWriter, shape_of, value_info
 
     config = prepared_with(model)
+    deploy = config.scheme == "deploy" and quantized
+    if deploy and (operators != "qdq" or fold_batch_norm):
+        given = 'operators "integer"' if operators != "qdq" else "fold_batch_norm"
+        raise ValueError(f"{given} is for scheme paper; in scheme deploy layers are integer and BatchNorm is folded")
     twin, grids = _frozen_twin(model, quantized=quantized)
     program = capture(twin, example_input, decompose=True)
     signature = program.graph_signature
@@ -151,7 +156,13 @@ def build(
     }
     held = {**program.constants, **dict(program.state_dict)}
     tensors = {placeholder: held[name].detach() for placeholder, name in names.items()}
-    converter = Converter(
+    kind: type[Converter] = Converter
+    extra: dict[str, Any] = {}
+    if deploy:
+        from clusterq.deploy._onnx_deploy import DeployConverter, integer_layers
+
+        kind, extra = DeployConverter, {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval())}
+    converter = kind(
         GraphWriter(21 if packed else 17),
         tensors,
         names,
@@ -159,6 +170,7 @@ def build(
         packed=packed,
         fold=fold_batch_norm,
         integer=operators == "integer",
+        **extra,
     )
     nodes = list(program.graph.nodes)
     user_inputs = [node for node in nodes if node.op == "placeholder" and node.name in signature.user_inputs]
@@ -230,6 +242,10 @@ def _frozen_twin(model: nn.Module, *, quantized: bool) -> tuple[nn.Module, dict[
                 raise ModelError(f"{name}: quantization of its weight is switched off")
             grids[key] = checked_grid(name, *parameters, 0)
             module.weight_quantizer = _Grid(grids[key], "none", None, quantized)  # type: ignore[assignment]
+            module._source = ()
+        elif integer_norm_of(module) is not None:
+            # The converter has its numbers in integers; here it marks the place.
+            module.__class__ = nn.BatchNorm2d if isinstance(module, nn.BatchNorm2d) else nn.BatchNorm1d
         elif isinstance(module, ActivationQuantizer):
             if not module.enabled:
                 raise ModelError(f"{name}: quantization is switched off")

@@ -51,7 +51,7 @@ from clusterq.deploy._packed_record import (
     dtype_name,
     read_record,
 )
-from clusterq.deploy.plain import ActivationGrid, CodedWeight, Numbers, numbers_of, parts_of, plain
+from clusterq.deploy.plain import ActivationGrid, CodedWeight, Numbers, norm_eps, numbers_of, parts_of, plain
 from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
 from clusterq.method import Result
@@ -90,7 +90,6 @@ class PackedNetwork:
                 origin = record.source.model if record.source is not None else "a module"
                 raise CheckpointError(f"the packed network came from {origin}: hand over the network itself")
             model = build_model(record.source.model, record.num_classes)
-        self._check_shapes(model.state_dict())
         try:
             twin = prepare(model.cpu(), record.quantization, example_input=torch.zeros(1, *record.input_shape))
         except (ModelError, ValueError) as error:
@@ -119,7 +118,7 @@ class PackedNetwork:
 
     def _check_norms(self, twin: nn.Module) -> None:
         for name, _, eps in self.record.batch_norms:
-            own = getattr(twin.get_submodule(name), "eps", None)
+            own = norm_eps(twin.get_submodule(name))
             if own != eps:
                 raise CheckpointError(f"the packed file does not fit the network: {name} has eps {own}; wanted {eps}")
 
@@ -235,7 +234,7 @@ def theoretical_bytes(numbers: Numbers) -> int:
 def _batch_norms(model: nn.Module, numbers: Numbers) -> dict[str, float]:
     """eps by name of every BatchNorm that has all four of its float32 tensors."""
     return {
-        name: float(module.eps)
+        name: norm_eps(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, _BatchNorm)
         and all(

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clusterq import ops
 from clusterq.deploy._onnx_codes import checked_grid
 from clusterq.errors import ModelError
+from clusterq.nn.folding import integer_norm_of, offset_of, on_grid
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from clusterq.method import Result
 
 __all__ = ["ActivationGrid", "CodedWeight", "FixedQuantizer", "Numbers", "convert", "numbers_of"]
+
+_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ class Numbers:
     Attributes:
         weights: coded weights by the name of the parameter.
         activations: grids by the name of the quantizer.
-        tensors: every other parameter and buffer by name: biases, BatchNorm (without its counter of batches).
+        tensors: every other parameter and buffer by name: biases, BatchNorm (without its counter of batches). In scheme
+            deploy both are on the grid of the int32 sums, and a folded BatchNorm is its gain and offset alone: mean 0,
+            variance 1, to be read with eps 0.
     """
 
     weights: Mapping[str, CodedWeight]
@@ -144,6 +149,11 @@ def numbers_of(model: nn.Module | Result) -> Numbers:
     model = _network(model)
     parts = parts_of(model)
     state = model.state_dict()
+    for name, layer in parts.weights.items():
+        if layer.bias is not None and layer.in_integers():
+            state[f"{name.removesuffix('.weight')}.bias"] = on_grid(layer.bias.detach(), offset_of(layer))
+    for name, norm in parts.folded.items():
+        state.update({f"{name}.{key}": value for key, value in _folded(norm).items()})
     kept = {name: state[name].detach().cpu().to(_kept_dtype(state[name]), copy=True) for name in parts.tensors}
     return Numbers(
         {name: _coded(name.removesuffix(".weight"), layer) for name, layer in parts.weights.items()},
@@ -154,10 +164,11 @@ def numbers_of(model: nn.Module | Result) -> Numbers:
 
 @dataclass(frozen=True)
 class Parts:
-    """Layers by the name of their weight, quantizers by their own, and the names of all other tensors of a twin."""
+    """Layers of a twin by the name of their weight, quantizers and folded BatchNorm by their own, names of the rest."""
 
     weights: Mapping[str, QuantizedConv2d | QuantizedLinear]
     activations: Mapping[str, ActivationQuantizer]
+    folded: Mapping[str, nn.Module]
     tensors: tuple[str, ...]
 
 
@@ -165,6 +176,7 @@ def parts_of(twin: nn.Module) -> Parts:
     """What a quantized twin consists of; ModelError for a network that is none."""
     weights: dict[str, QuantizedConv2d | QuantizedLinear] = {}
     activations: dict[str, ActivationQuantizer] = {}
+    folded: dict[str, nn.Module] = {}
     apart: set[str] = set()
     for name, module in twin.named_modules(remove_duplicate=False):
         if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
@@ -176,9 +188,18 @@ def parts_of(twin: nn.Module) -> Parts:
         elif isinstance(module, _BatchNorm):
             # Nothing reads it in evaluation mode.
             apart.add(f"{name}.num_batches_tracked")
+            if integer_norm_of(module) is not None:
+                folded[name] = module
+                apart |= {f"{name}.{key}" for key in _NORM}
     if not weights:
         raise ModelError(f"{type(twin).__name__} is not quantized; wanted what clusterq.prepare made")
-    return Parts(weights, activations, tuple(name for name in twin.state_dict() if name not in apart))
+    names = [name for name in twin.state_dict() if name not in apart]
+    return Parts(weights, activations, folded, (*names, *(f"{name}.{key}" for name in folded for key in _NORM)))
+
+
+def norm_eps(norm: Any) -> float:
+    """eps with which the tensors of a BatchNorm in `Numbers` are to be read."""
+    return 0.0 if integer_norm_of(norm) is not None else float(norm.eps)
 
 
 def plain(model: nn.Module, numbers: Numbers) -> nn.Module:
@@ -191,6 +212,10 @@ def plain(model: nn.Module, numbers: Numbers) -> nn.Module:
         elif isinstance(module, ActivationQuantizer):
             quantizer = FixedQuantizer(numbers.activations[name], module.function)
             replaced.setdefault(module, quantizer.to(module.observations.device).eval())
+        elif integer_norm_of(module) is not None:
+            cls: Any = nn.BatchNorm2d if isinstance(module, nn.BatchNorm2d) else nn.BatchNorm1d
+            device = next(model.parameters()).device
+            replaced.setdefault(module, cls(len(numbers.tensors[f"{name}.weight"]), eps=0.0, device=device).eval())
         elif getattr(module, "statistics_frozen", False):
             # Back from the class that keeps a BatchNorm in evaluation mode while everything else trains.
             module.__class__ = type(module).__mro__[1]
@@ -224,7 +249,23 @@ def _coded(name: str, layer: QuantizedConv2d | QuantizedLinear) -> CodedWeight:
     grid = checked_grid(name, *quantizer.qparams(layer.weight), 0)
     weight = layer.weight.detach().cpu().float()
     codes = ops.quantize(weight, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max, axis=0)
+    if layer.bias is not None and layer.in_integers():
+        # Of channels that are constants, see `clusterq.nn.folding`.
+        constant = (offset_of(layer).gain == 0).cpu()
+        shape = [-1] + [1] * (codes.dim() - 1)
+        codes = torch.where(constant.reshape(shape), grid.zero_point.to(codes.dtype).reshape(shape), codes)
     return CodedWeight(codes.contiguous(), grid.scale, grid.zero_point.to(torch.int8), quantizer.bits)
+
+
+def _folded(norm: Any) -> dict[str, Tensor]:
+    """Gain and offset of a folded BatchNorm as the twin computes with them, by the names of a BatchNorm's tensors."""
+    layer = integer_norm_of(norm)
+    assert layer is not None
+    numbers = offset_of(layer, norm)
+    gain, offset = (value.detach() for value in norm.gain_and_offset())
+    gain = torch.where(numbers.gain == 0, 0.0, gain)
+    values = (gain, on_grid(offset, numbers), torch.zeros_like(gain), torch.ones_like(gain))
+    return dict(zip(_NORM, values, strict=True))
 
 
 def _fixed(name: str, quantizer: ActivationQuantizer) -> ActivationGrid:
@@ -243,5 +284,6 @@ def _plain_layer(layer: Any, weight: CodedWeight) -> nn.Module:
     made: nn.Module = cls.__new__(cls)
     made.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()}
     del made._modules["weight_quantizer"]
+    made.__dict__.pop("_source", None)
     made._parameters["weight"] = nn.Parameter(weight.dequantized().to(layer.weight.device), requires_grad=False)
     return made

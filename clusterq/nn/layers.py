@@ -11,17 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clusterq.nn.quantizers import WeightQuantizer
+from clusterq.nn.folding import integer_offset, on_grid
+from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 
 _Layer = TypeVar("_Layer", bound="_QuantizedWeight")
 
 
 class _QuantizedWeight(nn.Module):
-    """What the quantized layers share: `weight_quantizer` and the weight it makes."""
+    """What the quantized layers share: `weight_quantizer`, its weight, and in scheme deploy the integer bias."""
 
     weight: Tensor
     weight_quantizer: WeightQuantizer
     _kept_weight: Tensor | None = None
+    _kept_scale: Tensor | None = None
+    # The quantizer of the input, in a tuple so that it is not a submodule here as well; empty in scheme paper.
+    _source: tuple[ActivationQuantizer, ...] = ()
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: same shape and dtype, at most 2^bits values per output channel."""
@@ -29,6 +33,27 @@ class _QuantizedWeight(nn.Module):
             return self._kept_weight
         output: Tensor = self.weight_quantizer(self.weight)
         return output
+
+    def in_integers(self) -> bool:
+        """Whether the layer stands for one in integers now: scheme deploy, quantizers on, none being calibrated."""
+        if not self._source or not self.weight_quantizer.enabled:
+            return False
+        return self._source[0].enabled and self._source[0].calibration is None
+
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """Steps of the input [1] and of the weight [C] in use, detached; for a layer of scheme deploy."""
+        kept = None if torch.is_grad_enabled() else self._kept_scale
+        scale = self.weight_quantizer.qparams(self.weight)[0] if kept is None else kept
+        return self._source[0].qparams()[0].detach(), scale.detach()
+
+    def weight_and_bias(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight as the layer uses it, and its bias, which in scheme deploy lies on the grid of the sums."""
+        weight = self.quantized_weight()
+        if bias is None or not self.in_integers():
+            return weight, bias
+        numbers = integer_offset(None, bias.detach(), *self.scales())
+        alive = (numbers.gain != 0).reshape([-1] + [1] * (weight.dim() - 1))
+        return torch.where(alive, weight, 0.0), on_grid(bias, numbers)
 
 
 class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
@@ -43,7 +68,7 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
         return _take_over(cls.__new__(cls), layer, quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self._conv_forward(x, self.quantized_weight(), self.bias)
+        y: Tensor = self._conv_forward(x, *self.weight_and_bias(self.bias))
         return y
 
 
@@ -59,7 +84,7 @@ class QuantizedLinear(_QuantizedWeight, nn.Linear):
         return _take_over(cls.__new__(cls), layer, quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.quantized_weight(), self.bias)
+        return functional.linear(x, *self.weight_and_bias(self.bias))
 
 
 def _take_over(quantized: _Layer, layer: nn.Module, quantizer: WeightQuantizer) -> _Layer:
@@ -83,7 +108,9 @@ def quantized_weights_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for layer in layers:
                 layer._kept_weight = layer.quantized_weight()
+                if layer._source:
+                    layer._kept_scale = layer.weight_quantizer.qparams(layer.weight)[0]
         yield
     finally:
         for layer in layers:
-            layer._kept_weight = None
+            layer._kept_weight = layer._kept_scale = None

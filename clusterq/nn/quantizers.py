@@ -300,6 +300,7 @@ class WeightQuantizer(nn.Module):
         method: `"mse"`, the range of least squared error, or `"minmax"`.
         symmetric: zero point 0; otherwise a zero point per channel from its range.
         gradient: of the straight-through estimator in mode `"live"`.
+        narrow: leave out the lowest code, so that every code has its negative.
 
     State in mode learned: `scale` (float32 [channels], zeros until it is set) and `zero_point` (int32 [channels]).
     """
@@ -315,6 +316,7 @@ class WeightQuantizer(nn.Module):
         method: WeightRange = "mse",
         symmetric: bool = True,
         gradient: Gradient = "clipped",
+        narrow: bool = False,
     ) -> None:
         super().__init__()
         check_integer("bits", bits, 2, 8)
@@ -330,6 +332,8 @@ class WeightQuantizer(nn.Module):
         self.symmetric = symmetric
         self.gradient: Gradient = gradient
         self.quant_min, self.quant_max = code_range(bits, signed=True)
+        self.quant_min += narrow
+        self.narrow = narrow
         self.enabled = True
         # Whether `scale` is set, on the host, where forward may read it freely.
         self._initialised = False
@@ -341,7 +345,7 @@ class WeightQuantizer(nn.Module):
         """The weight on its grid, same shape and dtype."""
         if not self.enabled:
             return weight
-        if self.mode == "live" and self.method == "minmax":
+        if self.mode == "live" and self.method == "minmax" and not self.narrow:
             return ops.fake_quantize_weight(weight, self.bits, axis=0, symmetric=self.symmetric, gradient=self.gradient)
         if self.mode == "live":
             scale, zero_point = self._range(weight)

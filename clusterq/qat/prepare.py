@@ -5,8 +5,9 @@ gets a quantizer of its own, whether it is a module, a function or a tensor meth
 SiLU, GELU, LeakyReLU, PReLU, ELU, SELU, CELU, Mish, Softplus, Sigmoid (of gates too), Hardsigmoid, Tanh, LogSigmoid,
 Softsign, Tanhshrink, Hardshrink, Softshrink, Threshold, RReLU, GLU. A clamp from 0 up counts as ReLU, one from 0 to 6
 as ReLU6, with their gradient (0 at the bounds). The input image, BatchNorm, residual sums, pooled features and biases
-stay in floating point, as in the paper. What should have been quantized and could not be is named by `unreached` and in
-a warning: also softmax and its kin, `maximum`, `minimum`, and clamps to other bounds.
+stay in floating point, as in the paper, unless the scheme is deploy: see `clusterq.qat.deployable`. What should have
+been quantized and could not be is named by `unreached` and in a warning: also softmax and its kin, `maximum`,
+`minimum`, and clamps to other bounds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from clusterq.config import QuantizationConfig
 from clusterq.errors import ModelError
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationMode, ActivationQuantizer, WeightQuantizer, set_quantization
+from clusterq.qat import deployable
 from clusterq.qat.trace import Call, Calls, is_in_place, is_non_negative, module_activation, record_calls
 
 
@@ -62,7 +64,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
             torch.fx cannot trace the network.
 
     Raises:
-        ModelError: the network has no Conv2d or Linear, or is quantized already.
+        ModelError: the network has no Conv2d or Linear, is quantized already, or is not traceable in scheme deploy.
         ValueError: `config.layer_bits` has a name that is neither a quantized layer nor an activation quantizer.
     """
     if any(isinstance(m, (QuantizedConv2d, QuantizedLinear)) for m in model.modules()):
@@ -70,9 +72,13 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
     student = copy.deepcopy(model).eval()
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    if config.scheme == "deploy":
+        deployable.separate_norms(student)
     conversion = _Conversion(student, config, record_calls(student, example_input))
     conversion.run()
-    conversion.check_reached(example_input)
+    if config.scheme == "deploy":
+        deployable.complete(conversion)
+    conversion.finish(example_input)
     freeze_batch_norm_statistics(student)
     student._quantization = (tuple(conversion.rows), tuple(conversion.unreached), config)  # type: ignore[assignment]
     if conversion.unreached:
@@ -162,15 +168,19 @@ class _Conversion:
             elif (kind := module_activation(module)) is not None:
                 self._module_activation(call, module, kind, repeated=call.name in seen)
             seen.add(call.name)
-        self._check_names()
         for parent in self.modules.values():
             for name, child in parent._modules.items():
                 if child in self.swaps:
                     parent._modules[name] = self.swaps[child]
+
+    def finish(self, example_input: Tensor | None) -> None:
+        """Checks names of `layer_bits`, makes an edited graph the forward, and looks for what was missed."""
+        self._check_names()
         if self.graph_edited:
             self._adopt_graph()
+        self._check_reached(example_input)
 
-    def check_reached(self, example_input: Tensor | None) -> None:
+    def _check_reached(self, example_input: Tensor | None) -> None:
         """Looks whether the twin calls all it should: layers also held in a plain list are called past the swap.
 
         The traced graph calls by name and does not have this problem, so it becomes the twin's forward.
@@ -224,13 +234,16 @@ class _Conversion:
         if self.calls.calls is None:
             note += " (in order of definition)" if note else ""
         bits = self._bits(name, bits)
+        # Integer kernels take codes less their zero points, of either sign where BatchNorm is folded: -127 to 127.
+        int8 = config.scheme == "deploy" and bits == 8
         quantizer = WeightQuantizer(
             bits,
             len(module.weight),
             mode="learned" if config.learned_scale else "live",
             method=config.weight_range,
-            symmetric=config.weight_symmetric,
+            symmetric=config.weight_symmetric or int8,
             gradient=config.gradient,
+            narrow=int8,
         )
         if isinstance(module, nn.Conv2d):
             self.swaps[module] = QuantizedConv2d.from_float(module, quantizer)
@@ -238,12 +251,14 @@ class _Conversion:
             self.swaps[module] = QuantizedLinear.from_float(module, quantizer)
         self.rows.append(Row(name, type(module).__name__, weight_bits=bits, note=note))
 
-    def _quantizer(self, name: str, kind: str, label: str, note: str = "", **settings: Any) -> ActivationQuantizer:
+    def _quantizer(
+        self, name: str, label: str, note: str = "", bits: int | None = None, **settings: Any
+    ) -> ActivationQuantizer:
         config = self.config
         mode: ActivationMode = (
             "learned" if config.learned_scale else "ema" if config.activation_range == "ema" else "fixed"
         )
-        bits = self._bits(name, config.activation_bits)
+        bits = self._bits(name, bits or config.activation_bits)
         self.rows.append(Row(name, label, activation_bits=bits, note=note))
         quantizer = ActivationQuantizer(
             bits,
@@ -269,16 +284,16 @@ class _Conversion:
                     note = _UNTRACED if self.calls.graph is None else _INSIDE
                     self.unreached.append(Row(call.name, label, note=note))
                 return
-            self._insert(call.node, call.name + "_quantizer", kind, label, settings)
+            self.insert(call.node, call.name + "_quantizer", label, settings)
         elif not repeated:
             settings |= {"activation": kind} if fused else {"function": module}
             shared = call.node is None and self.calls.counts[call.name] > 1
             why = self.calls.problem or _INSIDE
             note = f"one quantizer for {self.calls.counts[call.name]} calls: {why}" if shared else ""
-            self.swaps[module] = self._quantizer(call.name, kind, label, note, **settings)
+            self.swaps[module] = self._quantizer(call.name, label, note, **settings)
         elif call.node is not None:
             settings |= {"activation": kind} if fused else {"function": module}
-            self._insert(call.node, call.name, kind, label, settings, instead=True)
+            self.insert(call.node, call.name, label, settings, instead=True)
 
     def _function(self, call: Call) -> None:
         if call.node is None or not call.activation:
@@ -291,11 +306,11 @@ class _Conversion:
             {"activation": call.kind} if fused else {"non_negative": is_non_negative(call.kind, None)}
         )
         prefix = f"{call.name}." if call.name else ""
-        self._insert(call.node, prefix + call.kind, call.kind, call.kind, settings, instead=fused)
+        self.insert(call.node, prefix + call.kind, call.kind, settings, instead=fused)
 
-    def _insert(
-        self, node: fx.Node, base: str, kind: str, label: str, settings: dict[str, Any], *, instead: bool = False
-    ) -> None:
+    def insert(
+        self, node: fx.Node, base: str, label: str, settings: dict[str, Any], *, instead: bool = False
+    ) -> fx.Node:
         """A quantizer behind a node, or in its place, under the first free name `base`, `base_1`, ..."""
         owner, _, last = base.rpartition(".")
         parent = self.student.get_submodule(owner)
@@ -304,7 +319,7 @@ class _Conversion:
             count += 1
             free = f"{last}_{count}"
         name = f"{owner}.{free}" if owner else free
-        parent.add_module(free, self._quantizer(name, kind, label, **settings))
+        parent.add_module(free, self._quantizer(name, label, **settings))
         graph = node.graph
         with graph.inserting_after(node):
             new = graph.call_module(name, (_input_of(node) if instead else node,))
@@ -312,6 +327,7 @@ class _Conversion:
         if instead:
             graph.erase_node(node)
         self.graph_edited = True
+        return new
 
     def _follow_in_place(self, calls: list[Call]) -> None:
         """An activation in place also changes what later readers of its input see: they read its output from now on."""

@@ -282,6 +282,12 @@ def _call_of(node: fx.Node) -> Call | None:
     return Call(stack[-1][0] if stack else "", *found, node)
 
 
+def function_activation(node: fx.Node) -> bool:
+    """Whether a node calls an activation function, as a function or a method."""
+    call = _call_of(node)
+    return call is not None and call.activation
+
+
 def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether the call overwrites its input."""
     if node.op == "call_module":
