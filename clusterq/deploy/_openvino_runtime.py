@@ -51,7 +51,13 @@ def compiled(model: bytes | str | Path, *, threads: int = 1, batch: int | None =
     read = core.read_model(model=model, weights=b"") if isinstance(model, bytes) else core.read_model(str(model))
     if batch is not None:
         read.reshape([batch, *list(read.input(0).partial_shape)[1:]])
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": "f32",
+        # Beside other work a pinned thread waits for its core while another core is idle.
+        "ENABLE_CPU_PINNING": False,
+    }
     return core.compile_model(read, "CPU", settings)
 
 
