@@ -11,6 +11,7 @@ network's layers the runtime computes in integers.
 
 - `clusterq`: `clusterq.export_onnx` as it is.
 - `clusterq folded`: with `fold_batch_norm=True`.
+- `clusterq deploy`: scheme deploy, in which everything has a form in integers.
 """
 
 from __future__ import annotations
@@ -49,7 +50,11 @@ class Variant:
     export: Mapping[str, Any] = field(default_factory=dict)
 
 
-VARIANTS = {MAIN: Variant(), f"{MAIN} folded": Variant(export={"fold_batch_norm": True})}
+VARIANTS = {
+    MAIN: Variant(),
+    f"{MAIN} folded": Variant(export={"fold_batch_norm": True}),
+    f"{MAIN} deploy": Variant({"scheme": "deploy"}),
+}
 
 
 def torchvision_network(name: str) -> nn.Module:

@@ -16,6 +16,7 @@ from clusterq.config import QuantizationConfig
 from clusterq.data import open_for
 from clusterq.deploy import _openvino_runtime as openvino
 from clusterq.deploy._onnx_runtime import float_model, same_classes
+from clusterq.deploy.integer import run_integer
 from clusterq.deploy.onnx import export_onnx
 from clusterq.export import milliseconds
 from clusterq.models import load_model
@@ -105,6 +106,39 @@ def test_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert result["openvino"]["of"] == 256
     names = [layer["name"] for layer in result["layers"] if layer["openvino_integer"]]
     assert names == result["openvino"]["layers"] != []
+
+
+def test_scheme_deploy_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
+    """All layers in integers; the codes of `run_integer` up to the first residual sum, close to them after it.
+
+    OpenVINO computes a sum in the convolution before it, without rounding that operand to its codes first.
+    """
+    openvino_itself = pytest.importorskip("openvino")
+    networks = data_dir / "networks"
+    weights = str(networks / "cifar10_resnet20.pt")
+    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
+    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
+    batches = [x for x, _ in data.batches(100, 600)]
+    twin = clusterq.prepare(loaded.model, QuantizationConfig(scheme="deploy"))
+    calibrate(twin, batches[0])
+    export = export_onnx(twin, tmp_path / "net.onnx", example_input=batches[0][:2])
+    model = openvino.compiled(export.path)
+    found = openvino.products(model)
+    assert (
+        found.floating == {} and found.weights == {layer.codes for layer in export.layers} and len(found.weights) == 20
+    )
+    same, count = same_classes(twin, openvino.runner(model), batches[1:])
+    assert count == 500 and same >= 0.95 * count
+    _, wanted = run_integer(twin, batches[1], return_codes=True)
+    for name in ("input_quantizer", "relu", "layer1.0.relu1", "layer1.0.relu2"):
+        # One at a time: an output keeps the runtime from computing it together with what follows.
+        read = openvino_itself.Core().read_model(str(export.path))
+        read.add_outputs(export.activations[name][0])
+        one = openvino_itself.Core().compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        codes = torch.from_numpy(one(batches[1].numpy())[1].astype("int32"))
+        difference = (codes - wanted[name][0].int()).abs()
+        assert int(difference.max()) <= (name == "layer1.0.relu2")
+        assert float((difference > 0).float().mean()) < 0.05
 
 
 @pytest.mark.parametrize("folded", [False, True])
