@@ -143,29 +143,44 @@ def _add_quantize(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     evaluate = _add(
-        commands, "evaluate", _evaluate, "top-1 and top-5 of a checkpoint or of a network in floating point"
+        commands, "evaluate", _evaluate, "top-1 and top-5 of a quantized network on disk or of one in floating point"
     )
-    evaluate.add_argument("checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4; without it: --model")
+    evaluate.add_argument(
+        "checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4 or a packed one; without it: --model"
+    )
     _add_model(evaluate, required=False)
     _add_trust(evaluate)
     _add_common(evaluate)
 
 
 def _add_export(commands: Any) -> None:
-    export = _add(commands, "export", _export, "write a quantized network as an ONNX file and run it in onnxruntime")
+    export = _add(commands, "export", _export, "write a quantized network for other runtimes and compare what it gives")
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder, or one of its checkpoints")
-    export.add_argument("--format", choices=("onnx",), default="onnx", help="kind of file (default: %(default)s)")
-    export.add_argument("--output", type=Path, metavar="FILE", help="default: model.onnx in the checkpoint's folder")
+    export.add_argument(
+        "--format",
+        choices=("onnx", "safetensors", "pt2"),
+        default="onnx",
+        help="onnx: run in onnxruntime; safetensors: folder with codes at their true width and plain tensors; pt2: "
+        "torch.export program that runs without this package (default: %(default)s)",
+    )
+    export.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="default: model.onnx, packed or model.pt2 in the checkpoint's folder",
+    )
     export.add_argument("--overwrite", action="store_true", help="replace the file when it exists")
     export.add_argument("--bits", metavar="WxAy", help="which checkpoint of a run with several")
-    export.add_argument("--packed", action="store_true", help="store up to 4 bits as INT4: a smaller file, not faster")
+    export.add_argument(
+        "--packed", action="store_true", help="onnx: store up to 4 bits as INT4: a smaller file, not faster"
+    )
     export.add_argument(
         "--operators",
         choices=("qdq", "integer"),
         default="qdq",
-        help="qdq: QuantizeLinear/DequantizeLinear; integer: ConvInteger, MatMulInteger (default: %(default)s)",
+        help="onnx, qdq: QuantizeLinear/DequantizeLinear; integer: ConvInteger, MatMulInteger (default: %(default)s)",
     )
-    export.add_argument("--fold-batch-norm", action="store_true", help="qdq: BatchNorm into scales and biases")
+    export.add_argument("--fold-batch-norm", action="store_true", help="onnx, qdq: BatchNorm into scales and biases")
     export.add_argument("--model", help="of a checkpoint whose network came from a Python file: FILE.py:FACTORY")
     _add_trust(export)
     export.add_argument("--data", help="evaluation set to compare classes on (default: random images)")
@@ -310,18 +325,14 @@ def _carry_out(request: Any, options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
-    from clusterq import checkpoint, data
+    from clusterq import data
+    from clusterq.forms import open_quantized
     from clusterq.libraries import named_normalization
-    from clusterq.models import build_model, load_model, own_transform
-    from clusterq.trust import network_source
+    from clusterq.models import load_model, own_transform
 
     device = _common(options, command)["device"]
     if options.checkpoint is not None:
-        record = checkpoint.read_record(options.checkpoint)
-        recorded = record.source.model if record.source is not None else None
-        spec = network_source(options.model, recorded, trust=options.trust)
-        network = None if spec is None else build_model(spec, record.num_classes)
-        model = checkpoint.load(options.checkpoint, network)
+        model, record = open_quantized(options.checkpoint, options.model, trust=options.trust)
         if options.weights is not None or options.input_size is not None:
             raise ValueError("a checkpoint has its own weights and input size; leave out --weights and --input-size")
         given = _input(options)
@@ -362,7 +373,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
 
 
 def _export(options: argparse.Namespace, command: str) -> int:
-    from clusterq import checkpoint, export
+    from clusterq import checkpoint, export, forms
     from clusterq.trust import network_source
 
     _common(options, command)
@@ -371,6 +382,10 @@ def _export(options: argparse.Namespace, command: str) -> int:
         options.model = network_source(None, source.model if source is not None else None, trust=True)
     names = ("output", "bits", "model", "packed", "operators", "fold_batch_norm", "limit", "batch_size", "overwrite")
     given = {name: getattr(options, name) for name in names}
+    if options.format != "onnx":
+        result = forms.export_torch(options.source, options.format, evaluation=options.data, **given)
+        print(export.as_json(result) if options.json else forms.describe(result))
+        return 0
     result = export.export_checkpoint(options.source, evaluation=options.data, threads=torch.get_num_threads(), **given)
     print(export.as_json(result) if options.json else export.describe(result))
     return 0

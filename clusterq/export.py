@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq import checkpoint, data
+from clusterq.deploy._packed_record import PackedRecord
 from clusterq.errors import CheckpointError, OutputError, require
 from clusterq.models import build_model, own_transform
 
@@ -59,12 +62,13 @@ def export_checkpoint(
         packed, operators, fold_batch_norm, overwrite: see `clusterq.export_onnx`.
         evaluation: evaluation set to compare classes on; default: random images.
         limit, batch_size: of that set.
-        threads: of onnxruntime.
+        threads: of the runtimes.
 
     Returns:
         Plain values: `path`, `opset`, `operators`, `file_bytes`, `float_file_bytes`, `layers`, `activation_bits`,
-        `kernels`, `threads`, `milliseconds` by batch size (`float` and `exported`), `agreement` (`same`, `of`,
-        `images`).
+        `kernels`, `threads`, `milliseconds` of an image by batch size (in onnxruntime: `float`, `exported`, and
+        `ratio`, the median over rounds of the second by the first; in OpenVINO, where it is installed,
+        `openvino_float` and so on), `agreement` (`same`, `of`, `images`), `openvino` (see `_openvino`).
 
     Raises:
         ClusterQError: see `clusterq.errors`; no file is left behind when it could not be written whole.
@@ -96,12 +100,16 @@ def export_checkpoint(
     kernels = runtime.integer_kernels(written)
     image = torch.randn(record.input_shape, generator=torch.Generator().manual_seed(0))
     full = runtime.float_model(twin, example)
-    times = {
-        batch: runtime.milliseconds_per_image([full, target], image, batch=batch, threads=threads) for batch in (1, 32)
-    }
-    batches = _random(record.input_shape) if images is None else (x for x, _ in images.batches(batch_size, limit))
-    same, count = runtime.agreement(twin, target, batches, threads=threads)
+
+    def batches() -> Iterable[Tensor]:
+        return _random(record.input_shape) if images is None else (x for x, _ in images.batches(batch_size, limit))
+
+    same, count = runtime.agreement(twin, target, batches(), threads=threads)
+    openvino = _openvino(written, twin, batches(), threads)
+    beside = openvino is not None and "error" not in openvino
     layers = [asdict(layer) | {"integer_kernel": layer.name in kernels.layers} for layer in written.layers]
+    for layer in layers:
+        layer["openvino_integer"] = layer["name"] in openvino["layers"] if beside and openvino is not None else None
     return {
         "path": str(target),
         "opset": written.opset,
@@ -112,51 +120,136 @@ def export_checkpoint(
         "activation_bits": written.activation_bits,
         "kernels": kernels.counts,
         "threads": threads,
-        "milliseconds": {str(batch): {"float": full, "exported": own} for batch, (full, own) in times.items()},
+        "milliseconds": {
+            str(batch): milliseconds(full, target, image, batch, threads=threads, openvino=beside) for batch in (1, 32)
+        },
         "agreement": {"same": same, "of": count, "images": "random" if images is None else images.name},
+        "openvino": openvino,
+    }
+
+
+def milliseconds(
+    full: bytes, exported: Path, image: Tensor, batch: int, *, threads: int, openvino: bool, seconds: float = 0.5
+) -> dict[str, float]:
+    """Medians of both networks in onnxruntime, and in OpenVINO, interleaved; see `export_checkpoint` for the names.
+
+    Args:
+        full, exported: the network in floating point and the exported one.
+        image: [C, H, W], repeated to a batch. OpenVINO's networks are compiled for this size of the batch.
+        batch, threads: of the runs.
+        openvino: whether to measure there too.
+        seconds: of each of the networks.
+    """
+    from clusterq.deploy import _onnx_runtime as runtime
+    from clusterq.deploy import _openvino_runtime as other
+
+    x = image.expand(batch, *image.shape).contiguous()
+    calls = [runtime.runner(model, x, threads=threads) for model in (full, exported)]
+    if openvino:
+        for model in (full, exported):
+            run = other.runner(other.compiled(model, threads=threads, batch=batch))
+            calls.append(functools.partial(run, x.numpy()))
+    times = runtime.interleaved(calls, seconds=seconds)
+    found: dict[str, float] = {}
+    for name, (first, second) in {"": times[:2], "openvino_": times[2:] or ([], [])}.items():
+        if first:
+            found[f"{name}float"] = 1000 * statistics.median(first) / batch
+            found[f"{name}exported"] = 1000 * statistics.median(second) / batch
+            found[f"{name}ratio"] = statistics.median(b / a for a, b in zip(first, second, strict=True))
+    return found
+
+
+def _openvino(written: Any, twin: nn.Module, batches: Iterable[Tensor], threads: int) -> dict[str, Any] | None:
+    """What OpenVINO makes of a file; None where it is not installed.
+
+    `version`, `integer` and `floating` (products by kind), `layers` (names of those in integers), `same` and `of`
+    (images with the twin's class); or `version` and `error` where it cannot run the file.
+    """
+    from clusterq.deploy import _onnx_runtime as runtime
+    from clusterq.deploy import _openvino_runtime as other
+
+    if not other.is_installed():
+        return None
+    version = str(require("openvino", purpose="running a network in OpenVINO").__version__)
+    try:
+        model = other.compiled(written.path, threads=threads)
+    # What it raises for a file that it cannot take, such as one with a type that it does not know.
+    except RuntimeError as error:
+        return {"version": version, "error": (str(error).strip().splitlines() or ["no message"])[-1]}
+    found = other.products(model)
+    same, count = runtime.same_classes(twin, other.runner(model), batches)
+    layers = [layer.name for layer in written.layers if layer.codes in found.weights]
+    return {
+        "version": version,
+        "integer": found.integer,
+        "floating": found.floating,
+        "layers": layers,
+        "same": same,
+        "of": count,
     }
 
 
 def describe(result: dict[str, Any]) -> str:
-    """The table of layers and three lines below it."""
-    rows = [["layer", "kind", "bits", "stored", "float", "in onnxruntime"]]
+    """The table of layers, a line on the file, and the table of runtimes."""
+    openvino = result["openvino"]
+    beside = openvino is not None and "error" not in openvino
+    rows = [["layer", "kind", "bits", "stored", "float", "in onnxruntime"] + ["in openvino"] * beside]
     for layer in result["layers"]:
-        kernel = "integer" if layer["integer_kernel"] else "float"
+        kernels = ["integer" if layer["integer_kernel"] else "float"]
+        if beside:
+            kernels.append("integer" if layer["openvino_integer"] else "float")
         stored = f"{layer['container']} {_bytes(layer['stored_bytes'])}"
-        rows.append([layer["name"], layer["kind"], str(layer["bits"]), stored, _bytes(layer["float_bytes"]), kernel])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * w for w in widths))
-    integer = sum(layer["integer_kernel"] for layer in result["layers"])
-    kernels = ", ".join(f"{count} {name}" for name, count in sorted(result["kernels"].items())) or "none"
-    same = result["agreement"]
-    lines += [
+        rows.append([layer["name"], layer["kind"], str(layer["bits"]), stored, _bytes(layer["float_bytes"]), *kernels])
+    integer, same = sum(layer["integer_kernel"] for layer in result["layers"]), result["agreement"]
+    of = f"of {len(result['layers'])}"
+    runtimes = [["runtime", "integer kernels", "layers", *(f"batch {b}" for b in result["milliseconds"]), "same class"]]
+    alike = f"{same['same']} of {same['of']}"
+    runtimes.append(["onnxruntime", _counts(result["kernels"]), f"{integer} {of}", *_times(result, ""), alike])
+    if beside:
+        alike, layers = f"{openvino['same']} of {openvino['of']}", f"{len(openvino['layers'])} {of}"
+        runtimes.append(["openvino", _counts(openvino["integer"]), layers, *_times(result, "openvino_"), alike])
+    lines = [
+        table(rows),
         "",
         f"{result['path']}: opset {result['opset']}, {_bytes(result['file_bytes'])}; in floating point "
         f"{_bytes(result['float_file_bytes'])}",
-        f"integer kernels: {kernels}; {integer} of {len(result['layers'])} layers",
-        "time per image: "
-        + "; ".join(
-            f"batch {batch}: {t['exported']:.3f} ms, in floating point {t['float']:.3f} ms"
-            for batch, t in result["milliseconds"].items()
-        )
-        + f" (threads: {result['threads']})",
-        f"same class as the quantized network in PyTorch: {same['same']} of {same['of']} images ({same['images']})",
+        "",
+        table(runtimes),
+        "",
+        f"time per image (threads: {result['threads']}), and as a multiple of that in floating point in the same "
+        f"runtime; same class as the quantized network in PyTorch, images: {same['images']}",
     ]
+    if openvino is not None and not beside:
+        lines.append(f"openvino cannot run this file: {openvino['error']}")
     if integer == 0 and not any(layer["container"] == "INT4" for layer in result["layers"]):
         lines.append(
-            "BatchNorm and sums in floating point keep layers from integer kernels: quantize with "
+            "BatchNorm and sums in floating point keep layers from onnxruntime's integer kernels: quantize with "
             "--set quantization.scheme=deploy; for this network --operators integer and --fold-batch-norm are the ways "
             "out, see clusterq.export_onnx for what they cost"
         )
     return "\n".join(lines)
 
 
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Padded columns with a rule below the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def _counts(kernels: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(kernels.items())) or "none"
+
+
+def _times(result: dict[str, Any], runtime: str) -> list[str]:
+    return [f"{t[f'{runtime}exported']:.3f} ms ({t[f'{runtime}ratio']:.2f}x)" for t in result["milliseconds"].values()]
+
+
 def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=2)
 
 
-def _open(spec: str, record: checkpoint.CheckpointRecord, twin: nn.Module) -> data.EvaluationSet:
+def _open(spec: str, record: checkpoint.CheckpointRecord | PackedRecord, twin: nn.Module) -> data.EvaluationSet:
     transform = None
     if record.source is not None:
         transform = own_transform(record.source, twin, record.input_shape, record.mean, record.std)

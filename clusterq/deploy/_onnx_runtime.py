@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,27 +75,28 @@ def integer_kernels(export: OnnxExport) -> Kernels:
     return Kernels(dict(Counter(node.op_type for node in nodes)), frozenset(layers))
 
 
-def milliseconds_per_image(
-    models: Sequence[bytes | Path], image: Tensor, *, batch: int, threads: int = 1, seconds: float = 0.5
-) -> list[float]:
-    """Median time of each model in turn, interleaved for about `seconds` each.
+def interleaved(calls: Sequence[Callable[[], object]], *, seconds: float = 0.5) -> list[list[float]]:
+    """Seconds of each call in turn, round after round, after one that is not counted.
 
-    Args:
-        models: files or their bytes.
-        image: [C, H, W], repeated to a batch.
-        batch, threads: of the runs.
+    Rounds go on for as many seconds per call, and for 5 at least: what a shared machine slows down, it slows down for
+    all calls alike.
     """
-    x = {"input": image.expand(batch, *image.shape).contiguous().numpy()}
-    sessions = [session(model, threads=threads) for model in models]
-    times: list[list[float]] = [[] for _ in sessions]
-    for run in sessions:
-        run.run(None, x)
-    while sum(times[0]) < seconds or len(times[0]) < 5:
-        for run, taken in zip(sessions, times, strict=True):
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    end = time.perf_counter() + seconds * len(calls)
+    while time.perf_counter() < end or len(times[0]) < 5:
+        for call, taken in zip(calls, times, strict=True):
             start = time.perf_counter()
-            run.run(None, x)
+            call()
             taken.append(time.perf_counter() - start)
-    return [1000 * statistics.median(taken) / batch for taken in times]
+    return times
+
+
+def runner(model: bytes | Path, x: Tensor, *, threads: int = 1) -> Callable[[], object]:
+    """One run of a file on a batch, for `interleaved`."""
+    run, given = session(model, threads=threads), {"input": x.numpy()}
+    return lambda: run.run(None, given)
 
 
 def float_model(model: nn.Module, example_input: Tensor) -> bytes:
@@ -108,11 +108,19 @@ def float_model(model: nn.Module, example_input: Tensor) -> bytes:
 def agreement(model: nn.Module, path: Path, batches: Iterable[Tensor], *, threads: int = 1) -> tuple[int, int]:
     """How many images get the same class from the twin and from the file in onnxruntime, and of how many."""
     run = session(path, threads=threads)
+    return same_classes(model, lambda x: run.run(["output"], {"input": x})[0], batches)
+
+
+def same_classes(
+    model: nn.Module,
+    run: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    batches: Iterable[Tensor],
+) -> tuple[int, int]:
+    """How many images get the same class from the twin and from a runtime, and of how many."""
     same = count = 0
     with torch.inference_mode(), quantized_weights_kept(model):
         for images in batches:
             wanted = model(images).argmax(1).numpy()
-            found = np.argmax(run.run(["output"], {"input": images.numpy()})[0], axis=1)
-            same += int((wanted == found).sum())
+            same += int((wanted == np.argmax(run(images.numpy()), axis=1)).sum())
             count += len(images)
     return same, count

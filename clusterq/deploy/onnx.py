@@ -32,6 +32,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from clusterq.deploy._capture import capture
 from clusterq.deploy._onnx_codes import Grid, checked_grid
 from clusterq.errors import ModelError, OutputError, require
 from clusterq.folders import write_file
@@ -40,7 +41,6 @@ from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 from clusterq.qat.prepare import prepared_with
-from clusterq.qat.trace import _TRACE_ERRORS
 
 Operators = Literal["qdq", "integer"]
 
@@ -154,7 +154,7 @@ def build(
         given = 'operators "integer"' if operators != "qdq" else "fold_batch_norm"
         raise ValueError(f"{given} is for scheme paper; in scheme deploy layers are integer and BatchNorm is folded")
     twin, grids = _frozen_twin(model, quantized=quantized)
-    program = _captured(twin, example_input)
+    program = capture(twin, example_input, decompose=True)
     signature = program.graph_signature
     names: dict[str, str] = {
         **signature.inputs_to_parameters,
@@ -265,22 +265,6 @@ def _frozen_twin(model: nn.Module, *, quantized: bool) -> tuple[nn.Module, dict[
             if child in replaced:
                 parent._modules[name] = replaced[child]
     return twin, grids
-
-
-def _captured(twin: nn.Module, example_input: Tensor) -> Any:
-    """The network's graph without in-place operators; the size of the batch stays free where the network allows it."""
-    x = example_input.detach().cpu().float()
-    # A batch of one would be taken for a constant.
-    x = torch.cat([x, x]) if x.shape[0] == 1 else x[:2]
-    try:
-        with torch.no_grad():
-            program = torch.export.export(twin, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
-            return program.run_decompositions({})
-    except _TRACE_ERRORS as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"{type(twin).__name__} cannot be captured by torch.export: {type(error).__name__}: {text}"
-        ) from error
 
 
 def _identity(source: str, target: str) -> Any:
