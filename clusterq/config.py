@@ -183,13 +183,13 @@ class SynthesisConfig:
     generator_schedule: GeneratorSchedule = "constant"
     generator: GeneratorForm = "auto"
     generator_width: Count = 128
-    num_images: Count = 512
-    image_steps: Count = 200
+    num_images: Count = 1024
+    image_steps: Count = 150
     image_lr: Positive = 0.1
     image_schedule: ImageSchedule = "cosine"
     roughness: tuple[Weight, Weight] = (0.0, 1.5)
     contrast: tuple[Weight, Weight] = (0.0, 0.5)
-    ce_temperature: tuple[Positive, Positive] = (1.0, 6.0)
+    ce_temperature: tuple[Positive, Positive] = (1.0, 4.0)
     shift: Steps = 2
     shifted_share: Share = 0.5
     ce_weight: Weight = 1.0
@@ -242,7 +242,7 @@ class FinetuneConfig:
         autocast: bfloat16 autocast for the forward and backward passes; `"auto"` as for the synthesis.
     """
 
-    steps: Steps = 300
+    steps: Steps = 400
     batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"

@@ -28,7 +28,7 @@ from clusterq.divergence import first_nonfinite
 from clusterq.errors import DivergenceError, ModelError
 from clusterq.progress import ConsoleProgress
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
-from clusterq.synthesis.stored import OnStep
+from clusterq.synthesis.stored import OnStep, subset
 
 ImageSource = BankSource | GeneratorSource | StoredImages
 PhaseProgress = Callable[[str, int, int], None]
@@ -209,7 +209,7 @@ class ClusterQ:
                 images = source.sample(count).images()
             else:
                 images = source.images()
-            qat.calibrate(student, images[:count].detach(), quantization)
+            qat.calibrate(student, images[subset(len(images), count)].detach(), quantization)
         return student.eval()
 
     def finetune(

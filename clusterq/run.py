@@ -32,6 +32,7 @@ from clusterq.qat import Row
 from clusterq.readers import write_images
 from clusterq.resume import Notify, Session, command_to_continue
 from clusterq.synthesis import GeneratorSource, StoredImages, project_statistics
+from clusterq.synthesis.stored import subset
 from clusterq.versions import environment, machine, versions
 
 RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
@@ -229,7 +230,7 @@ class _Run:
         if isinstance(source, GeneratorSource) and source.stream:
             self.calibration_images = source.sample(count).images().detach()
         else:
-            self.calibration_images = images[:count]
+            self.calibration_images = images[subset(len(images), count)]
         return images, source.labels()
 
     def width(self, width: Width, folder: Path) -> dict[str, Any]:
@@ -309,8 +310,9 @@ class _Run:
         teacher = self.method.teacher
         count = min(len(images), _PLOTTED_IMAGES)
         # One image alone lies where the mean of all images does.
-        made = project_statistics(teacher, images[:count]) if count > 1 else torch.zeros(count, 2)
-        points = {"synthesised": (made, labels[:count].cpu())}
+        shown = subset(len(images), count)
+        made = project_statistics(teacher, images[shown]) if count > 1 else torch.zeros(count, 2)
+        points = {"synthesised": (made, labels[shown].cpu())}
         if self.data is not None:
             real, real_labels = next(self.data.batches(min(_PLOTTED_IMAGES, len(self.data))))
             if len(real) > 1:

@@ -7,6 +7,7 @@ import torch
 
 from clusterq.config import SynthesisConfig
 from clusterq.synthesis.recipes import ImageRecipe, draw_recipes, initial_images, shifted
+from clusterq.synthesis.stored import subset
 
 PLAIN = ImageRecipe(roughness=0.0, contrast=0.0, temperature=1.0, shift=0)
 
@@ -91,3 +92,17 @@ def test_gradient_reaches_the_images_where_they_were():
     moved = shifted(images, 2, seeded(3))
     moved.sum().backward()
     assert images.grad is not None and images.grad.sum() == (moved != 0).sum()
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 4), (7, 7), (5, 9), (1, 1)])
+def test_a_subset_has_no_image_twice(total, count):
+    taken = subset(total, count)
+    assert len(taken.unique()) == len(taken) == min(count, total)
+    assert 0 <= taken.min() and taken.max() < total and torch.equal(taken, subset(total, count))
+
+
+def test_a_subset_takes_of_every_batch_and_class():
+    taken = subset(1024, 256)
+    # 32 of each of 8 batches and 25.6 of each of 10 classes expected; 4 deviations of a hypergeometric draw at most.
+    assert (torch.bincount(taken // 128, minlength=8) - 32).abs().max() <= 4 * (32 * 7 / 8 * 3 / 4) ** 0.5
+    assert (torch.bincount(taken % 10, minlength=10) - 25.6).abs().max() <= 4 * (25.6 * 0.9 * 3 / 4) ** 0.5

@@ -74,6 +74,16 @@ class StoredImages:
         return self._orders[epoch]
 
 
+def subset(total: int, count: int) -> Tensor:
+    """[min(count, total)] int64 on the CPU: which of `total` images stand for all, always the same.
+
+    Drawn at random, in ascending order: images of a bank come in batches of several kinds, each in an order of classes
+    that a regular step would miss some of.
+    """
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return order[:count].sort().values
+
+
 def balanced_labels(count: int, num_classes: int, generator: torch.Generator) -> Tensor:
     """Labels [count] int64 on the generator's device: every class floor or ceil of count / num_classes times.
 
