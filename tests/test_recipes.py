@@ -98,7 +98,7 @@ def test_gradient_reaches_the_images_where_they_were():
 def test_a_subset_has_no_image_twice(total, count):
     taken = subset(total, count)
     assert len(taken.unique()) == len(taken) == min(count, total)
-    assert 0 <= taken.min() and taken.max() < total and torch.equal(taken, subset(total, count))
+    assert taken.min() >= 0 and taken.max() < total and torch.equal(taken, subset(total, count))
 
 
 def test_a_subset_takes_of_every_batch_and_class():
