@@ -14,22 +14,29 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import clusterq
-from clusterq.allocator import keep_freed_memory
-from clusterq.config import ClusterQConfig, preset
+from clusterq.cli_options import (
+    add_command,
+    add_common,
+    add_method,
+    add_model,
+    add_trust,
+    common_of,
+    config_of,
+    input_of,
+    widths_of,
+)
+from clusterq.config import preset
 from clusterq.errors import CheckpointError, ClusterQError, RunInterrupted
 from clusterq.progress import ConsoleProgress
 from clusterq.readers import read_json
 from clusterq.settings import describe as describe_settings
-from clusterq.settings import override
-
-PRESETS = ("default", "paper", "gdfq")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,31 +89,25 @@ def _parser() -> argparse.ArgumentParser:
     from clusterq import cli_method
 
     cli_method.add_commands(commands)
-    doctor = _add(commands, "doctor", _doctor, "versions, kernel of every op, self-checks")
+    doctor = add_command(commands, "doctor", _doctor, "versions, kernel of every op, self-checks")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
-def _add(commands: Any, name: str, run: Any, summary: str, **settings: Any) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(
-        name, help=summary, description=summary[0].upper() + summary[1:] + ".", **settings
-    )
-    command.set_defaults(run=run)
-    return command
-
-
 def _add_demo(commands: Any) -> None:
-    demo = _add(commands, "demo", _demo, "quantize the network of handwritten digits that comes with the package")
+    demo = add_command(
+        commands, "demo", _demo, "quantize the network of handwritten digits that comes with the package"
+    )
     demo.add_argument(
         "--output", type=Path, default=Path("runs/demo"), help="run folder, replaced (default: %(default)s)"
     )
-    _add_method(demo)
+    add_method(demo)
     # Two threads gain nothing on images of 16x16 pixels and lose much on a busy machine.
-    _add_common(demo, threads=1)
+    add_common(demo, threads=1)
 
 
 def _add_quantize(commands: Any) -> None:
-    quantize = _add(
+    quantize = add_command(
         commands,
         "quantize",
         _quantize,
@@ -115,7 +116,7 @@ def _add_quantize(commands: Any) -> None:
         epilog="settings for --set, with the values of preset default:\n  "
         + "\n  ".join(describe_settings(preset("default"))),
     )
-    _add_model(quantize, required=False, data_required=False)
+    add_model(quantize, required=False, data_required=False)
     quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
     quantize.add_argument("--overwrite", action="store_true", help="replace the run folder when it exists")
     quantize.add_argument(
@@ -131,30 +132,32 @@ def _add_quantize(commands: Any) -> None:
         metavar="SECONDS",
         help="save the run's state so often, in at most 1 %% of its time (default: 60)",
     )
-    _add_trust(quantize)
+    add_trust(quantize)
     quantize.add_argument(
         "--images", type=Path, metavar="BANK", help="bank of `synthesize`, or images.safetensors of a run: no synthesis"
     )
     quantize.add_argument("--any-network", action="store_true", help="accept a bank made for another network")
     quantize.add_argument("--save-images", action="store_true", help="store the images in the run folder")
-    _add_method(quantize)
-    _add_common(quantize)
+    add_method(quantize)
+    add_common(quantize)
 
 
 def _add_evaluate(commands: Any) -> None:
-    evaluate = _add(
+    evaluate = add_command(
         commands, "evaluate", _evaluate, "top-1 and top-5 of a quantized network on disk or of one in floating point"
     )
     evaluate.add_argument(
         "checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4 or a packed one; without it: --model"
     )
-    _add_model(evaluate, required=False)
-    _add_trust(evaluate)
-    _add_common(evaluate)
+    add_model(evaluate, required=False)
+    add_trust(evaluate)
+    add_common(evaluate)
 
 
 def _add_export(commands: Any) -> None:
-    export = _add(commands, "export", _export, "write a quantized network for other runtimes and compare what it gives")
+    export = add_command(
+        commands, "export", _export, "write a quantized network for other runtimes and compare what it gives"
+    )
     export.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run folder, or one of its checkpoints")
     export.add_argument(
         "--format",
@@ -182,77 +185,14 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("--fold-batch-norm", action="store_true", help="onnx, qdq: BatchNorm into scales and biases")
     export.add_argument("--model", help="of a checkpoint whose network came from a Python file: FILE.py:FACTORY")
-    _add_trust(export)
+    add_trust(export)
     export.add_argument("--data", help="evaluation set to compare classes on (default: random images)")
-    _add_common(export)
+    add_common(export)
 
 
 def _add_bench(commands: Any) -> None:
-    bench = _add(commands, "bench", _bench, "run the benchmarks of a source checkout")
+    bench = add_command(commands, "bench", _bench, "run the benchmarks of a source checkout")
     bench.add_argument("suite", nargs="*", help="suites to run, such as fake_quant (default: all)")
-
-
-def _add_trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust", action="store_true", help="run the Python file that the folder names as its network")
-
-
-def _add_model(
-    parser: argparse.ArgumentParser, *, required: bool = True, data: bool = True, data_required: bool = True
-) -> None:
-    parser.add_argument(
-        "--model",
-        required=required,
-        help="builtin:resnet20 | torchvision:NAME | timm:NAME | pytorchcv:NAME | FILE.py:FACTORY (the file is run)",
-    )
-    parser.add_argument(
-        "--weights", help="weight file (.safetensors, or a PyTorch state dict) or the library's own name"
-    )
-    if data:
-        parser.add_argument(
-            "--data",
-            required=data_required and not required,
-            help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, "
-            "or one sub-folder per class); only measured on, never trained on",
-        )
-    parser.add_argument(
-        "--input-size", type=int, metavar="PIXELS", help="height and width (default: what is known, or 224)"
-    )
-    parser.add_argument(
-        "--normalization", choices=("imagenet", "cifar10", "cifar100", "none"), help="of pixels in 0..1"
-    )
-    parser.add_argument("--mean", type=float, nargs="+", metavar="M", help="per channel, of pixels in 0..1")
-    parser.add_argument("--std", type=float, nargs="+", metavar="S", help="per channel, of pixels in 0..1")
-    parser.add_argument("--download", action="store_true", help="allow the library to fetch its own weights")
-
-
-def _add_method(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="starting point (default: %(default)s)")
-    parser.add_argument(
-        "--bits",
-        nargs="+",
-        metavar="WxAy",
-        help="bits of weights and activations (default: W4A4, the demo W4A4 W3A3); several share one synthesis",
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="change single settings"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-
-
-def _add_common(parser: argparse.ArgumentParser, *, threads: int | None = None) -> None:
-    parser.add_argument("--limit", type=int, metavar="N", help="measure on the first N images only")
-    parser.add_argument(
-        "--batch-size", type=int, default=128, help="images per evaluation batch (default: %(default)s)"
-    )
-    _add_machine(parser, threads=threads)
-
-
-def _add_machine(parser: argparse.ArgumentParser, *, threads: int | None = None) -> None:
-    shown = "what torch chooses" if threads is None else threads
-    parser.add_argument("--threads", type=int, metavar="N", default=threads, help=f"CPU threads (default: {shown})")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON on standard output")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def _demo(options: argparse.Namespace, command: str) -> int:
@@ -266,9 +206,9 @@ def _demo(options: argparse.Namespace, command: str) -> int:
         data="digits",
         output=options.output,
         overwrite=True,
-        widths=_widths(options.bits or ["W4A4", "W3A3"]),
-        config=_config(options),
-        **_common(options, command),
+        widths=widths_of(options.bits or ["W4A4", "W3A3"]),
+        config=config_of(options),
+        **common_of(options, command),
     )
     return _carry_out(request, options)
 
@@ -289,7 +229,7 @@ def _quantize(options: argparse.Namespace, command: str) -> int:
         raise ValueError("nothing to quantize: give --model, or --resume RUN")
     if options.save_every is not None and not 0 <= options.save_every < float("inf"):
         raise ValueError(f"--save-every is {options.save_every}; wanted seconds, 0 or more")
-    widths = _widths(options.bits or ["W4A4"])
+    widths = widths_of(options.bits or ["W4A4"])
     name = re.sub(r"[^\w.-]+", "-", options.model.rsplit("/", 1)[-1])
     request = RunRequest(
         model=options.model,
@@ -298,15 +238,15 @@ def _quantize(options: argparse.Namespace, command: str) -> int:
         output=options.output or Path("runs", "-".join([name, *map(str, widths)])),
         overwrite=options.overwrite,
         widths=widths,
-        config=_config(options),
+        config=config_of(options),
         images=options.images,
         any_network=options.any_network,
         save_images=options.save_images,
         resume=options.resume is not None,
         save_every=SAVE_EVERY if options.save_every is None else options.save_every,
         words=tuple(words),
-        **_input(options),
-        **_common(options, command),
+        **input_of(options),
+        **common_of(options, command),
     )
     return _carry_out(request, options)
 
@@ -330,12 +270,12 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
     from clusterq.libraries import named_normalization
     from clusterq.models import load_model, own_transform
 
-    device = _common(options, command)["device"]
+    device = common_of(options, command)["device"]
     if options.checkpoint is not None:
         model, record = open_quantized(options.checkpoint, options.model, trust=options.trust)
         if options.weights is not None or options.input_size is not None:
             raise ValueError("a checkpoint has its own weights and input size; leave out --weights and --input-size")
-        given = _input(options)
+        given = input_of(options)
         mean, std = given["mean"] or record.mean, given["std"] or record.std
         if given["normalization"] is not None:
             mean, std = named_normalization(given["normalization"], record.input_shape[0])
@@ -352,7 +292,7 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
         data.check_fits(images, record.num_classes)
         name = str(options.checkpoint)
     elif options.model is not None:
-        loaded = load_model(options.model, options.weights, **_input(options))
+        loaded = load_model(options.model, options.weights, **input_of(options))
         model, images, name = loaded.model, data.open_for(loaded, options.data), options.model
     else:
         raise ValueError("nothing to evaluate: give a checkpoint folder, or --model with --weights")
@@ -376,7 +316,7 @@ def _export(options: argparse.Namespace, command: str) -> int:
     from clusterq import checkpoint, export, forms
     from clusterq.trust import network_source
 
-    _common(options, command)
+    common_of(options, command)
     if options.trust and options.model is None:
         source = checkpoint.read_record(export.find_checkpoint(options.source, options.bits)).source
         options.model = network_source(None, source.model if source is not None else None, trust=True)
@@ -409,66 +349,6 @@ def _doctor(options: argparse.Namespace, command: str) -> int:
     diagnosis = doctor()
     print(json.dumps(asdict(diagnosis), indent=2) if options.json else describe(diagnosis))
     return 0 if diagnosis.healthy else 1
-
-
-def _config(options: argparse.Namespace) -> ClusterQConfig:
-    return replace(override(preset(options.preset), options.set), seed=options.seed)
-
-
-def _widths(texts: Sequence[str]) -> tuple[Any, ...]:
-    from clusterq.run import Width
-
-    widths = [Width.parse(text) for text in texts]
-    if len(set(widths)) != len(widths):
-        raise ValueError("--bits names a width twice")
-    return tuple(widths)
-
-
-def _input(options: argparse.Namespace) -> dict[str, Any]:
-    mean, std = options.mean, options.std
-    if (mean is None) != (std is None):
-        raise ValueError("--mean and --std belong together")
-    if options.normalization is not None and mean is not None:
-        raise ValueError("--normalization and --mean are both given; wanted one of them")
-    return {
-        "input_size": options.input_size,
-        "mean": None if mean is None else tuple(mean),
-        "std": None if std is None else tuple(std),
-        "normalization": options.normalization,
-        "download": options.download,
-    }
-
-
-def _common(options: argparse.Namespace, command: str) -> dict[str, Any]:
-    _require_positive(options, "limit", "batch_size")
-    return {
-        "limit": options.limit,
-        "evaluation_batch": options.batch_size,
-        "device": _machine(options),
-        "command": command,
-    }
-
-
-def _machine(options: argparse.Namespace) -> str:
-    """Set the number of threads; returns the device."""
-    _require_positive(options, "threads")
-    keep_freed_memory()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device: str = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if match is None:
-        raise ValueError(f"--device {device}: wanted cpu, cuda or cuda:NUMBER")
-    if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: this PyTorch finds {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _require_positive(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; wanted at least 1")
 
 
 def _is_run(folder: Path, result_format: str) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clusterq.cli import PRESETS, _add, _add_machine, _add_model, _input, _machine, _require_positive
+from clusterq.cli_options import PRESETS, add_command, add_machine, add_model, input_of, machine_of, require_positive
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import DataError
 from clusterq.progress import ConsoleProgress
@@ -25,8 +25,8 @@ def add_commands(commands: Any) -> None:
 
 def _add_synthesize(commands: Any) -> None:
     summary = "make, extend or inspect a bank of images without quantizing; `quantize --images BANK` uses it"
-    synthesize = _add(commands, "synthesize", _synthesize, summary)
-    _add_model(synthesize, required=False, data=False)
+    synthesize = add_command(commands, "synthesize", _synthesize, summary)
+    add_model(synthesize, required=False, data=False)
     synthesize.add_argument("--output", type=Path, metavar="BANK", help="folder to make (default: runs/MODEL-bank)")
     synthesize.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
     which = synthesize.add_mutually_exclusive_group()
@@ -52,14 +52,14 @@ def _add_synthesize(commands: Any) -> None:
         help="change single settings, which `quantize --help` lists",
     )
     synthesize.add_argument("--seed", type=int, help="of everything random (default: 0; of --extend, the next one)")
-    _add_machine(synthesize)
+    add_machine(synthesize)
 
 
 def _synthesize(options: argparse.Namespace, command: str) -> int:
     from clusterq import bank
     from clusterq.models import load_model
 
-    device = _machine(options)
+    device = machine_of(options)
     if options.inspect is not None:
         return _inspect(options, device)
     if options.model is None:
@@ -70,7 +70,7 @@ def _synthesize(options: argparse.Namespace, command: str) -> int:
         raise ValueError("--extend and --output are both given; a bank is extended in its place")
     earlier = None if options.extend is None else bank.read(options.extend)
     config = _bank_config(options, earlier)
-    loaded = load_model(options.model, options.weights, **_input(options))
+    loaded = load_model(options.model, options.weights, **input_of(options))
     with ConsoleProgress(quiet=options.quiet) as progress:
         if options.extend is not None:
             folder = options.extend
@@ -127,7 +127,7 @@ def _inspect(options: argparse.Namespace, device: str) -> int:
         model = found.record["network"]["model"]
         if model.split(":", 1)[0] not in REBUILT:
             raise DataError(f"{options.inspect} was made for {model}, a Python file: give --model to have it run")
-    loaded = load_model(model, options.weights, **_input(options))
+    loaded = load_model(model, options.weights, **input_of(options))
     if not options.any_network:
         bank.require_network(options.inspect, found.record, loaded)
     teacher = Teacher(loaded.model, loaded.input_shape, device=device)
@@ -144,7 +144,9 @@ def _inspect(options: argparse.Namespace, device: str) -> int:
 
 
 def _add_ablate(commands: Any) -> None:
-    ablate = _add(commands, "ablate", _ablate, "run the rows of a table with seeds, or write their results as a page")
+    ablate = add_command(
+        commands, "ablate", _ablate, "run the rows of a table with seeds, or write their results as a page"
+    )
     ablate.add_argument("table", nargs="?", type=Path, help="TABLE.toml or .yaml: [base], [[row]] (see the README)")
     ablate.add_argument(
         "--render", nargs="+", type=Path, metavar="RESULTS.json", help="write a Markdown page from results instead"
@@ -157,7 +159,7 @@ def _add_ablate(commands: Any) -> None:
     ablate.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="in every row, last"
     )
-    _add_machine(ablate)
+    add_machine(ablate)
 
 
 def _ablate(options: argparse.Namespace, command: str) -> int:
@@ -169,11 +171,11 @@ def _ablate(options: argparse.Namespace, command: str) -> int:
     from clusterq.ablation.run import run_table
     from clusterq.ablation.table import read_table
 
-    _require_positive(options, "jobs")
+    require_positive(options, "jobs")
     table = read_table(options.table, assignments=options.set, seeds=options.seeds)
     if options.threads is not None:
         table = replace(table, threads=options.threads)
-    device = _machine(options)
+    device = machine_of(options)
     output = options.output or Path("runs", table.name)
 
     def notify(text: str) -> None:

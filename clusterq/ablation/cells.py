@@ -43,8 +43,8 @@ _KEY_LENGTH = 20
 # Code that reads settings, all of which are in the keys, or shows numbers: a change there makes nothing run again.
 _SHOWING = (
     "ablation/page.py", "ablation/plot.py", "ablation/pool.py", "ablation/results.py", "ablation/run.py",
-    "ablation/table.py", "bank_quality.py", "cli.py", "cli_method.py", "diagnosis.py", "export.py", "figures.py",
-    "progress.py", "report.py",
+    "ablation/table.py", "bank_quality.py", "cli.py", "cli_method.py", "cli_options.py", "diagnosis.py", "export.py",
+    "figures.py", "progress.py", "report.py",
 )  # fmt: skip
 _SHOWING_FOLDERS = ("deploy",)
 
