@@ -45,8 +45,9 @@ from clusterq.synthesis import SynthesisObjective, Teacher, semantic_start
 
 CLASSES = 10
 CONFIG = SynthesisConfig(
-    bns_weight=1.0, alignment_weight=0.9, diversity_weight=0.6, class_reduction="mean", assignment="label"
-)
+    bns_weight=1.0, alignment_weight=0.9, diversity_weight=0.6, class_reduction="mean", assignment="label",
+    autocast=False,
+)  # fmt: skip
 EAGER = Bar("eager", 10.0)
 # Images and labels -> the loss, detached.
 Step = Callable[[Tensor, Tensor], Tensor]
