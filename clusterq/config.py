@@ -242,7 +242,7 @@ class FinetuneConfig:
         autocast: bfloat16 autocast for the forward and backward passes; `"auto"` as for the synthesis.
     """
 
-    steps: Steps = 800
+    steps: Steps = 400
     batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"
