@@ -1,10 +1,18 @@
 """Shared fixtures: seeds, poisoned allocations, the evaluation data folder."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C is heard, also where the tests run in a shell's background, which has it ignored; so in child processes."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -260,7 +260,7 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
         ("synthesis.decay=NaN", "synthesis.decay is nan"),
         ("finetune.lr=1" + "0" * 400, "finetune.lr is 1000"),
         ('quantization.layer_bits={"fc": 1}', "quantization.layer_bits is"),
-        ("synthesis.alignment_weight=0.5", "image_steps // 4 = 50"),
+        ("synthesis.alignment_weight=0.5", "image_steps // 4 = 37"),
     ],
 )
 def test_the_command_line_refuses_the_same(assignment: str, message: str) -> None:
