@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """Ctrl-C is heard, also where the tests run in a shell's background, which has it ignored; so in child processes."""
+    """Ctrl-C is heard in tests and their child processes, also in a shell's background, where it is ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
