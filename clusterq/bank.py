@@ -7,7 +7,6 @@ terms, seconds and versions) and `images.png`, a contact sheet. It appears whole
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,9 @@ from clusterq.config import ClusterQConfig, SynthesisConfig
 from clusterq.errors import DataError, MissingPackageError
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, file_sha256, tensors_sha256
+from clusterq.models import LoadedModel, file_sha256
 from clusterq.readers import read_images, read_json, write_images
-from clusterq.versions import machine, versions
+from clusterq.versions import machine, now, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-bank", 1
 IMAGES, RECORD, SHEET = "images.safetensors", "bank.json", "images.png"
@@ -114,7 +113,7 @@ def make_part(
         "samples_seen": method.samples_synthesised(),
         "seconds": seconds,
         "command": command,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "versions": versions(),
         "machine": {**machine(), "device": device},
     }
@@ -188,7 +187,7 @@ def write(
     record: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "network": network_facts(loaded),
+        "network": loaded.facts(),
         "label_accuracy": sum(part["label_accuracy"] * part["count"] for part in parts) / sum(counts),
         "parts": list(parts),
     }
@@ -267,25 +266,12 @@ def images_file(path: Path) -> Path:
 
 def require_network(folder: Path, record: Mapping[str, Any], loaded: LoadedModel) -> None:
     """Raises DataError where a bank was made for a network with other tensors."""
-    made, here = record["network"]["tensors_sha256"], tensors_sha256(loaded.model.state_dict())
+    made, here = record["network"]["tensors_sha256"], loaded.tensors_sha256
     if made != here:
         raise DataError(
             f"{folder} was made for another network ({record['network']['model']}, tensors {made[:12]}) than this one "
             f"(tensors {here[:12]}); --any-network uses it all the same"
         )
-
-
-def network_facts(loaded: LoadedModel) -> dict[str, Any]:
-    """What identifies a network. The hash of the tensors is the same whatever file they came from."""
-    return {
-        **asdict(loaded.source),
-        "tensors_sha256": tensors_sha256(loaded.model.state_dict()),
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "input_shape": list(loaded.input_shape),
-        "num_classes": loaded.num_classes,
-        "mean": list(loaded.mean),
-        "std": list(loaded.std),
-    }
 
 
 def last_settings(bank: Bank) -> SynthesisConfig:

@@ -101,7 +101,7 @@ def config_of(options: argparse.Namespace) -> ClusterQConfig:
 
 def widths_of(texts: Sequence[str]) -> tuple[Any, ...]:
     """Widths of `--bits`. Raises ValueError for a width named twice."""
-    from clusterq.run import Width
+    from clusterq.widths import Width
 
     widths = [Width.parse(text) for text in texts]
     if len(set(widths)) != len(widths):

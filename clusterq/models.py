@@ -7,12 +7,13 @@ and never any other way) or the library's own name for them. Nothing is fetched 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from clusterq.errors import ModelError
 from clusterq.libraries import IMAGENET_MEAN, IMAGENET_STD, LIBRARIES, Facts, named_normalization
 from clusterq.networks import DigitsConvNet, resnet20
-from clusterq.readers import read_pickled_tensors, read_safetensors, require_plain
+from clusterq.readers import first_line, read_pickled_tensors, read_safetensors, require_plain
 
 DIGITS_WEIGHTS = Path(__file__).resolve().parent / "assets" / "digits_convnet.safetensors"
 DIGITS_MEAN, DIGITS_STD = (0.306,), (0.319,)
@@ -65,6 +66,23 @@ class LoadedModel:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     transform: Callable[[Any], Tensor] | None = None
+
+    @functools.cached_property
+    def tensors_sha256(self) -> str:
+        """Of the network's tensors as loaded: the same whatever file they came from."""
+        return tensors_sha256(self.model.state_dict())
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies the network and its input, as plain values."""
+        return {
+            **asdict(self.source),
+            "tensors_sha256": self.tensors_sha256,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "input_shape": list(self.input_shape),
+            "num_classes": self.num_classes,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
 
 
 def load_model(
@@ -196,7 +214,7 @@ def zero_image_logits(model: nn.Module, input_shape: tuple[int, int, int]) -> Te
     try:
         logits = model(images)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ModelError(f"the network does not accept images of shape {tuple(input_shape)}: {reason}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[0] != 2 or logits.shape[1] < 2:
         got = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
@@ -313,7 +331,7 @@ def _from_file(file: str, factory: str) -> nn.Module:
     # A user's own code may raise anything, and all of it is told in the same way.
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        raise ModelError(f"{path.name}: {type(error).__name__}: {_first_line(error)}") from error
+        raise ModelError(f"{path.name}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"{path.name}:{factory} returned a {type(model).__name__}; wanted a torch.nn.Module")
     return model
@@ -365,7 +383,3 @@ def _input_channels(model: nn.Module) -> int:
 
 def _looks_like_path(weights: str) -> bool:
     return "/" in weights or Path(weights).suffix in (".pt", ".pth", ".safetensors", ".bin", ".tar")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

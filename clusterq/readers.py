@@ -78,6 +78,30 @@ def read_json(path: Path, failure: Failure, *, limit: int = JSON_BYTES) -> Any:
     return parse_json(read_limited(path, failure, limit=limit), str(path), failure)
 
 
+def read_record(
+    path: Path, failure: Failure, *, format: str, version: int, what: str, limit: int = JSON_BYTES
+) -> dict[str, Any]:
+    """The object of a JSON file whose `format` and `format_version` are these; its other fields are not looked at.
+
+    Args:
+        path: of the file.
+        failure: error class.
+        format, version: what the file has to say of itself.
+        what: such as "the record of a bank", for messages.
+        limit: bytes.
+
+    Raises:
+        failure: damaged, something else, or of another version.
+        OSError: it cannot be read.
+    """
+    data = read_json(path, failure, limit=limit)
+    if not isinstance(data, dict) or data.get("format") != format:
+        raise failure(f"{path} is not {what}")
+    if data.get("format_version") != version:
+        raise failure(f"{path} is {what} in format {data.get('format_version')!r}; this version reads {version}")
+    return data
+
+
 def read_limited(path: Path, failure: Failure, *, limit: int = JSON_BYTES) -> bytes:
     """The bytes of a file. Raises `failure` for more than `limit` of them and OSError when it cannot be read."""
     with open(path, "rb") as file:

@@ -6,10 +6,8 @@ step), the figures with `report.html`, and one checkpoint per width. It is renam
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,13 +25,14 @@ from clusterq.config import ClusterQConfig, QuantizationConfig, WeightRange
 from clusterq.data import EvaluationSet, evaluate, open_for
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, file_sha256, load_model, runs_code, tensors_sha256
+from clusterq.models import file_sha256, load_model, runs_code
 from clusterq.qat import Row
 from clusterq.readers import write_images
 from clusterq.resume import Notify, Session, command_to_continue
 from clusterq.synthesis import GeneratorSource, StoredImages, project_statistics
 from clusterq.synthesis.stored import subset
-from clusterq.versions import environment, machine, versions
+from clusterq.versions import environment, machine, now, versions
+from clusterq.widths import Width
 
 RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
 _PLOTTED_IMAGES = 512
@@ -41,25 +40,6 @@ _PLOTTED_IMAGES = 512
 _BASELINES: dict[str, WeightRange] = {"rounded_minmax": "minmax", "rounded_mse": "mse"}
 
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Width:
-    """Bits of weights and activations, written `W4A8`."""
-
-    weight_bits: int
-    activation_bits: int
-
-    def __str__(self) -> str:
-        return f"W{self.weight_bits}A{self.activation_bits}"
-
-    @staticmethod
-    def parse(text: str) -> Width:
-        """Inverse of `str`. Raises ValueError for anything but WxAy with x and y from 2 to 8."""
-        match = re.fullmatch(r"[Ww]([2-8])[Aa]([2-8])", text)
-        if match is None:
-            raise ValueError(f"--bits {text!r}: wanted WxAy with x and y from 2 to 8, such as W4A4")
-        return Width(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)
@@ -169,9 +149,9 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What has to be the same for an interrupted run to be continued."""
-        request, network = self.request, self.loaded.model
+        request = self.request
         return {
-            "model": {**_model_facts(self.loaded), "tensors_sha256": tensors_sha256(network.state_dict())},
+            "model": self.loaded.facts(),
             "config": request.config.to_dict(),
             "widths": [str(width) for width in request.widths],
             "images": None if request.images is None else file_sha256(bank.images_file(request.images)),
@@ -188,9 +168,7 @@ class _Run:
         return {"seconds": seconds, "total": now - self.start}
 
     def quantization(self, width: Width) -> QuantizationConfig:
-        return replace(
-            self.request.config.quantization, weight_bits=width.weight_bits, activation_bits=width.activation_bits
-        )
+        return width.of(self.request.config.quantization)
 
     def measure(self, model: nn.Module, label: str) -> dict[str, float | None] | None:
         """Top-1 and top-5 in percent; None without an evaluation set."""
@@ -393,10 +371,10 @@ def _result(
         "format": RESULT_FORMAT,
         "format_version": RESULT_VERSION,
         "command": request.command,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "preset": request.config.preset,
         "seed": request.config.seed,
-        "model": _model_facts(loaded),
+        "model": loaded.facts(),
         "data": _data_facts(state.data, request),
         "float": full,
         "images": {
@@ -425,17 +403,6 @@ def _copy_files(source: Path, target: Path) -> None:
     for file in source.iterdir():
         if file.name != states.MANIFEST:
             shutil.copyfile(file, target / file.name)
-
-
-def _model_facts(loaded: LoadedModel) -> dict[str, Any]:
-    return {
-        **asdict(loaded.source),
-        "parameters": sum(p.numel() for p in loaded.model.parameters()),
-        "input_shape": list(loaded.input_shape),
-        "num_classes": loaded.num_classes,
-        "mean": list(loaded.mean),
-        "std": list(loaded.std),
-    }
 
 
 def _data_facts(data: EvaluationSet | None, request: RunRequest) -> dict[str, Any] | None:

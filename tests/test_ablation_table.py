@@ -13,7 +13,7 @@ from clusterq.ablation import table
 from clusterq.ablation.table import TableError, expand, read_table, section_range
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import MissingPackageError
-from clusterq.run import Width
+from clusterq.widths import Width
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = """

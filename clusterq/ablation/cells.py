@@ -7,7 +7,6 @@ threads, device and the code. So what is there is never made again, and what has
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
 import itertools
@@ -33,9 +32,9 @@ from clusterq.method import ClusterQ
 from clusterq.models import LoadedModel, load_model
 from clusterq.ops._build import build_record
 from clusterq.readers import read_json
-from clusterq.run import Width
 from clusterq.synthesis import Teacher
-from clusterq.versions import machine, versions
+from clusterq.versions import machine, now, versions
+from clusterq.widths import Width
 
 FORMAT, FORMAT_VERSION = "clusterq-ablation-cell", 1
 CELLS, IMAGES = "cells", "synthesis"
@@ -235,8 +234,7 @@ def _key(content: Mapping[str, Any]) -> str:
 
 
 def _at(config: ClusterQConfig, width: Width) -> ClusterQConfig:
-    quantization = replace(config.quantization, weight_bits=width.weight_bits, activation_bits=width.activation_bits)
-    return replace(config, quantization=quantization)
+    return replace(config, quantization=width.of(config.quantization))
 
 
 @functools.lru_cache(maxsize=1)
@@ -244,7 +242,7 @@ def _opened(shared: Shared) -> tuple[LoadedModel, EvaluationSet]:
     """Network and data, once per process."""
     loaded = load_model(shared.model, shared.weights, **dict(shared.inputs))
     data = open_for(loaded, shared.data)
-    same = bank.network_facts(loaded)["tensors_sha256"] == shared.network_sha256
+    same = loaded.tensors_sha256 == shared.network_sha256
     if not same or data_identity(data) != shared.data_sha256:
         raise ModelError("the network or the data changed while the ablation was running")
     return loaded, data
@@ -304,7 +302,7 @@ def _train(work: StudentWork, loaded: LoadedModel, data: EvaluationSet) -> None:
             "seconds": {**spent, "total": sum(spent.values()), "evaluation": time.perf_counter() - start},
             "synthesis": None if synthesis is None else synthesis.key,
             "command": shared.command,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": now(),
             "code": dict(shared.code),
             "versions": versions(),
             "machine": {**machine(), "device": shared.device, "jobs": shared.jobs},

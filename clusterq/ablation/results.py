@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import io
 import json
 import statistics
@@ -18,7 +17,7 @@ from clusterq.data import EvaluationSet
 from clusterq.errors import DataError
 from clusterq.folders import write_file
 from clusterq.readers import read_json
-from clusterq.versions import machine, versions
+from clusterq.versions import machine, now, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-ablation", 1
 JSON, CSV, PICTURE = "results.json", "results.csv", "results.png"
@@ -77,7 +76,7 @@ def gather(
         "format_version": FORMAT_VERSION,
         "table": {"name": table.name, "sha256": table.sha256},
         "command": shared.command,
-        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "created": now(),
         "network": dict(network),
         "data": {"name": data.name, "images": len(data), "sha256": shared.data_sha256},
         "sections": {name: list(section) for name, section in shared.sections},

@@ -84,7 +84,7 @@ def run_table(
 
     failed = run_tasks(tasks, carry_out, jobs=shared.jobs, on_end=on_end)
     reasons = {key: error for task in tasks if (error := failed.get(task.name)) for key in _keys(task.work)}
-    facts = {**bank.network_facts(loaded), "model": table.model}
+    facts = {**loaded.facts(), "model": table.model}
     results = gather(table, shared, works, reasons, full=full, network=facts, data=data)
     notify(write_results(output, results))
     return results
@@ -103,7 +103,7 @@ def _open(
         data_name,
         tuple(table.inputs.items()),
         tuple((name, section_range(section, len(data))) for name, section in table.sections.items()),
-        bank.network_facts(loaded)["tensors_sha256"],
+        loaded.tensors_sha256,
         data_identity(data),
         table.threads,
         jobs,

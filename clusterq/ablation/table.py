@@ -39,8 +39,8 @@ from typing import Any
 
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import ClusterQError, MissingPackageError, require
-from clusterq.run import Width
 from clusterq.settings import override
+from clusterq.widths import Width
 
 _SECTION_NAMES = ("choose", "report", "all")
 _INPUT_KEYS = ("input_size", "normalization", "mean", "std")
