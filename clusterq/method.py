@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,13 @@ from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.config import preset as named_preset
 from clusterq.divergence import first_nonfinite
 from clusterq.errors import DivergenceError, ModelError
+from clusterq.processes import Processes
 from clusterq.progress import ConsoleProgress
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
 from clusterq.synthesis.stored import OnStep, subset
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ImageSource = BankSource | GeneratorSource | StoredImages
 PhaseProgress = Callable[[str, int, int], None]
@@ -79,6 +84,9 @@ class ClusterQ:
         on_step: called with (phase, step, loss terms) for every step, in groups of some steps.
         after_step: called after every step of `"synthesis"` and `"finetune"` with (phase, function); the function gives
             a state from which `synthesize(state=)` or `finetune(state=)` of a new object continues bit for bit.
+        process_group: of `torch.distributed`, whose processes share every batch; all of them make this object and call
+            its methods with the same arguments at the same time, and all get the same result. `"default"` of one
+            process and of several differ in the order in which numbers are added. None: no other process takes part.
 
     Attributes:
         model: a copy of the network.
@@ -88,7 +96,7 @@ class ClusterQ:
 
     Raises:
         ModelError: the network cannot be used (no BatchNorm, wrong input shape) or has another number of classes.
-        ValueError: unknown preset.
+        ValueError: unknown preset, or batches that the processes cannot share.
     """
 
     def __init__(
@@ -102,8 +110,11 @@ class ClusterQ:
         progress: bool | PhaseProgress = False,
         on_step: PhaseStep | None = None,
         after_step: PhaseState | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.config = named_preset(config) if isinstance(config, str) else config
+        self.processes = Processes(process_group)
+        _require_shares(self.config, self.processes.size)
         # Of its own: students are copied from it later, whatever happens to the caller's network until then.
         self.model = copy.deepcopy(model)
         self.teacher = Teacher(model, input_shape, device=device)
@@ -140,13 +151,15 @@ class ClusterQ:
         batch_size = self.config.finetune.batch_size
         source: BankSource | GeneratorSource
         if config.source == "bank":
-            source = BankSource(self.teacher, config, seed=seed, batch_size=batch_size)
+            source = BankSource(self.teacher, config, seed=seed, batch_size=batch_size, processes=self.processes)
         else:
             stream = self.config.finetune.images == "stream"
             if stream:
                 # One full-loss step of the generator goes with every student step: the length of its schedule.
                 config = replace(config, steps=self.config.finetune.steps)
-            source = GeneratorSource(self.teacher, config, seed=seed, batch_size=batch_size, stream=stream)
+            source = GeneratorSource(
+                self.teacher, config, seed=seed, batch_size=batch_size, stream=stream, processes=self.processes
+            )
         if state is not None:
             source.load_state_dict(state)
         with self._phase("synthesis", source.state_dict) as (progress, on_step):
@@ -176,7 +189,11 @@ class ClusterQ:
             raise ValueError(f"labels has dtype {labels.dtype}; wanted torch.int64")
         device = self.teacher.device
         source = StoredImages(
-            images.to(device, self.teacher.dtype), labels.to(device), self.config.finetune.batch_size, self.config.seed
+            images.to(device, self.teacher.dtype),
+            labels.to(device),
+            self.config.finetune.batch_size,
+            self.config.seed,
+            self.processes,
         )
         if not 0 <= int(labels.min()) <= int(labels.max()) < self.teacher.num_classes:
             raise ValueError(
@@ -258,7 +275,7 @@ class ClusterQ:
             try:
                 metrics = qat.finetune(
                     student, self.teacher.model, source, finetune, seed=config.seed, progress=progress,
-                    on_step=on_step, state=trained, after_step=after_step,
+                    on_step=on_step, state=trained, after_step=after_step, processes=self.processes,
                 )  # fmt: skip
             except DivergenceError as error:
                 raise _located(error, student, source.images()[:1]) from error
@@ -343,6 +360,25 @@ class ClusterQ:
             after_step(phase, state)
 
         return report
+
+
+def _require_shares(config: ClusterQConfig, size: int) -> None:
+    if size == 1:
+        return
+    synthesis, finetune = config.synthesis, config.finetune
+    sizes = {"finetune.batch_size": finetune.batch_size}
+    if finetune.images == "stream":
+        sizes = {"synthesis.batch_size": synthesis.batch_size}
+    for name, batch in sizes.items():
+        if batch % size:
+            raise ValueError(f"{name} is {batch}; wanted a multiple of the {size} processes")
+    smallest = synthesis.batch_size
+    if synthesis.source == "bank":
+        smallest = synthesis.num_images // math.ceil(synthesis.num_images / synthesis.batch_size)
+    if smallest < size:
+        raise ValueError(
+            f"image synthesis has batches of {smallest} images; wanted one for each of the {size} processes"
+        )
 
 
 def _located(error: DivergenceError, network: nn.Module, images: Tensor) -> DivergenceError:

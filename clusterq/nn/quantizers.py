@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from clusterq.config import ActivationRange, Gradient, WeightRange
 from clusterq.ops._checks import check_integer, check_number, compute_dtype
 from clusterq.ops._fake_quant_checks import check_choice, code_range
 from clusterq.ops.fake_quant import fake_quantize_by_magnitude, magnitude
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ActivationMode = Literal["learned", "fixed", "ema"]
 WeightMode = Literal["learned", "live"]
@@ -101,6 +104,7 @@ class ActivationQuantizer(nn.Module):
         self.range_steps = range_steps
         self.quant_min, self.quant_max = code_range(bits, signed=self.symmetric)
         self.enabled = True
+        self.process_group: ProcessGroup | None = None
         self.calibration: ActivationRange | None = None
         # Lower end, upper end and number of forwards of the calibration under way.
         self._spans: tuple[Tensor, Tensor, int] | None = None
@@ -155,6 +159,7 @@ class ActivationQuantizer(nn.Module):
             signed=self.symmetric,
             gradient=self.gradient,
             activation=self.activation,
+            process_group=self.process_group if observe else None,
         )
         if self.running_min.dtype != dtype:
             self.running_min.copy_(low)

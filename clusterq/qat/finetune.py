@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clusterq.config import FinetuneConfig
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from clusterq.precision import bfloat16_autocast
+from clusterq.processes import Processes
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.trace import evaluating
 from clusterq.synthesis.stored import MetricLog, OnStep
@@ -36,7 +37,10 @@ class ImageSource(Protocol):
     """Anything that hands out training images, such as the sources in `clusterq.synthesis`."""
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images [N, C, H, W] and labels int64 [N] of a step, counted from 0, on the device of the networks."""
+        """Images [N, C, H, W] and labels int64 [N] of a step, counted from 0, on the device of the networks.
+
+        Of several processes each gets its own rows, equally many.
+        """
         ...
 
 
@@ -51,6 +55,7 @@ def finetune(
     on_step: OnStep | None = None,
     state: Mapping[str, Any] | None = None,
     after_step: AfterStep | None = None,
+    processes: Processes | None = None,
 ) -> list[dict[str, float]]:
     """Trains the student in place for `config.steps` steps and leaves it in evaluation mode.
 
@@ -64,6 +69,8 @@ def finetune(
         on_step: called with (step, metrics) for every step, some steps later, in groups.
         state: of `Finetuner.state_dict` in an interrupted call of the same arguments: continue there.
         after_step: called after each step with a function that gives such a state.
+        processes: that share the images of every step, one share each. All call this at the same time; the first one's
+            student is what all begin with, and gradients, losses and EMA ranges are those of the images of all.
 
     Returns one dictionary per step: `step`, the terms `kd` and `ce` in use, `loss`, and with a teacher in use
     `agreement`, the fraction of images to which both networks give the same class.
@@ -71,7 +78,7 @@ def finetune(
     Raises:
         DivergenceError: a loss became NaN or infinite; names the first step and term.
     """
-    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step)
+    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes)
     if state is not None:
         run.load_state_dict(state)
 
@@ -105,13 +112,16 @@ class Finetuner:
         *,
         seed: int,
         on_step: OnStep | None = None,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
+        self.processes.equalise_(student)
         self.student = student
         self.teacher = teacher
         self.source = source
         self.config = config
         self.step = 0
-        self._log = MetricLog("fine-tuning", every=_CHECK_EVERY, on_step=on_step)
+        self._log = MetricLog("fine-tuning", every=_CHECK_EVERY, on_step=on_step, processes=self.processes)
         device = next(student.parameters()).device
         self._device = device
         self._random = torch.Generator(device).manual_seed((seed * 0x100 + _AUGMENT_STREAM) & 0x7FFF_FFFF_FFFF_FFFF)
@@ -132,6 +142,7 @@ class Finetuner:
             with evaluating(self.teacher):
                 for module in ranges:
                     module.training = True
+                    module.process_group = self.processes.group
                 while self.step < self.config.steps:
                     self.train_step()
                     if progress is not None:
@@ -139,6 +150,8 @@ class Finetuner:
                 self._log.flush()
         finally:
             self.student.eval()
+            for module in ranges:
+                module.process_group = None
 
     def train_step(self) -> None:
         """One step. Networks keep the mode they are in: `run` is what sets it."""
@@ -146,7 +159,7 @@ class Finetuner:
         images, labels = self.source.batch(self.step)
         images = images.detach()
         if config.augment:
-            images = random_crop_and_flip(images, self._random)
+            images = random_crop_and_flip(images, self._random, self.processes)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr_factor"] * learning_rate(config, self.step)
         with bfloat16_autocast(self._device, config.autocast):
@@ -164,13 +177,15 @@ class Finetuner:
         assert isinstance(total, Tensor)
         terms["loss"] = total
         self._optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        # Every process has as many images as the others: the mean over all is the mean of theirs.
+        (total / self.processes.size).backward()  # type: ignore[no-untyped-call]
+        self.processes.add_gradients_(self._trained)
         if config.grad_clip > 0:
             nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
         self._optimizer.step()
         if targets is not None:
             terms["agreement"] = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
-        self._log.append(self.step, {name: term.detach() for name, term in terms.items()})
+        self._log.append(self.step, {name: term.detach() / self.processes.size for name, term in terms.items()})
         self.step += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,24 +221,27 @@ def learning_rate(config: FinetuneConfig, step: int) -> float:
     return config.lr
 
 
-def random_crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+def random_crop_and_flip(images: Tensor, generator: torch.Generator, processes: Processes | None = None) -> Tensor:
     """Each image shifted by up to 1/8 of its size each way, zeros moving in, and mirrored left to right half the time.
 
     Images [N, C, H, W] -> the same shape; every image draws its own shift and flip from `generator`, which is on the
-    device of the images. 1/8 is the padding of 4 at 32 pixels of He et al. 2015, section 4.2.
+    device of the images. 1/8 is the padding of 4 at 32 pixels of He et al. 2015, section 4.2. Of `processes` each gives
+    its own N images of the batch, and all draw for all of it.
     """
+    processes = processes or Processes()
     count, channels, height, width = images.shape
-    device = images.device
+    device, total = images.device, count * processes.size
     pad_h, pad_w = max(1, height // 8), max(1, width // 8)
     padded = functional.pad(images, (pad_w, pad_w, pad_h, pad_h))
-    top = torch.randint(0, 2 * pad_h + 1, (count, 1), generator=generator, device=device)
-    left = torch.randint(0, 2 * pad_w + 1, (count, 1), generator=generator, device=device)
-    flip = torch.rand((count, 1), generator=generator, device=device) < 0.5
+    rows = processes.rows(total)
+    top = torch.randint(0, 2 * pad_h + 1, (total, 1), generator=generator, device=device)[rows]
+    left = torch.randint(0, 2 * pad_w + 1, (total, 1), generator=generator, device=device)[rows]
+    flip = torch.rand((total, 1), generator=generator, device=device)[rows] < 0.5
     columns = torch.arange(width, device=device)
-    rows = (top + torch.arange(height, device=device)).view(count, 1, height, 1)
+    lines = (top + torch.arange(height, device=device)).view(count, 1, height, 1)
     columns = (left + torch.where(flip, columns.flip(0), columns)).view(count, 1, 1, width)
     sample = torch.arange(count, device=device).view(count, 1, 1, 1)
-    return padded[sample, torch.arange(channels, device=device).view(1, channels, 1, 1), rows, columns]
+    return padded[sample, torch.arange(channels, device=device).view(1, channels, 1, 1), lines, columns]
 
 
 def _optimizer(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:

@@ -13,6 +13,7 @@ from torch import Tensor
 from clusterq.config import SynthesisConfig
 from clusterq.ops import Alignment, AlignmentTargets, ClassTargets
 from clusterq.precision import bfloat16_autocast
+from clusterq.processes import Processes
 from clusterq.synthesis.centroid_bank import CentroidBank
 from clusterq.synthesis.losses import ClassStatistics, class_slots, correct_mask, diversity_targets, to_spread
 from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
@@ -23,9 +24,9 @@ class LossTerms:
     """One evaluation of the loss.
 
     Attributes:
-        total: scalar to differentiate.
+        total: scalar to differentiate: for the images of this process, and for a parameter where it is summed over all.
         terms: the unweighted terms ce, bns, alignment, diversity (those in use) and label_accuracy; detached scalars
-            on the device.
+            on the device, of which the sum over the processes is meant.
         statistics: class statistics of the batch for the moving average of the centroids; None without centroids.
     """
 
@@ -41,15 +42,19 @@ class SynthesisObjective:
         teacher: the frozen network.
         config: weights and switches. With alpha2 = alpha3 = 0 no centroids are kept.
         seed: of the diversity noise.
+        processes: that share the images of a batch.
 
     Attributes:
         bank: the centroids, None where the configuration does not use them.
         first_layer: first BatchNorm layer that carries centroids.
     """
 
-    def __init__(self, teacher: Teacher, config: SynthesisConfig, *, seed: int) -> None:
+    def __init__(
+        self, teacher: Teacher, config: SynthesisConfig, *, seed: int, processes: Processes | None = None
+    ) -> None:
         self.teacher = teacher
         self.config = config
+        self.processes = processes or Processes()
         device = teacher.device
         self.first_layer = semantic_start(teacher.num_layers, config.semantic_start)
         self._offset = sum(teacher.channels[: self.first_layer])
@@ -87,24 +92,30 @@ class SynthesisObjective:
     ) -> LossTerms:
         """Evaluate on images [N, C, H, W] with labels [N] int64. `use_classes=False` is the warm-up loss (7).
 
+        Of several processes each gives its own rows of the images, and all the labels of all N.
+
         With a temperature T the cross-entropy (8) is taken of logits / T and carries T^2, as distillation does.
         """
         config = self.config
         with self.autocast():
             output = self.teacher(images)
-        ce = F.cross_entropy(output.logits.float() / temperature, labels) * temperature**2
-        correct = correct_mask(output.logits, labels)
+        own = labels[self.processes.rows(len(labels))]
+        share = self.processes.share(len(labels))
+        ce = F.cross_entropy(output.logits.float() / temperature, own) * temperature**2 * share
+        correct = correct_mask(output.logits, own)
         statistics = None
         if use_classes and self.bank is not None:
             result, statistics = self._class_alignment(self.bank, output, labels, correct)
         else:
-            result = self._targets(output.mean, output.var)
+            result = self._targets(output.mean, output.var, group=self.processes.group)
         total = config.ce_weight * ce + result.total
-        terms = {"ce": ce, "bns": result.batch}
-        terms |= dict(zip(("alignment", "diversity"), result.classes.unbind(0), strict=False))
-        detached = {name: value.detach() for name, value in terms.items()}
-        detached["label_accuracy"] = correct.float().mean()
-        return LossTerms(total, detached, statistics)
+        # What follows is known to every process; only the logits are of its own images.
+        everywhere = {"bns": result.batch}
+        everywhere |= dict(zip(("alignment", "diversity"), result.classes.unbind(0), strict=False))
+        terms = {"ce": ce.detach()}
+        terms |= {name: value.detach() / self.processes.size for name, value in everywhere.items()}
+        terms["label_accuracy"] = correct.float().mean() * share
+        return LossTerms(total, terms, statistics)
 
     def update_centroids(self, terms: LossTerms) -> None:
         """Moving average of the centroids (5) with the statistics of an evaluation; after its backward pass."""
@@ -130,8 +141,9 @@ class SynthesisObjective:
     def _class_alignment(
         self, bank: CentroidBank, output: TeacherOutput, labels: Tensor, correct: Tensor
     ) -> tuple[Alignment, ClassStatistics]:
-        """All terms on statistics, and those of the classes."""
+        """All terms on statistics, and those of the classes. Labels of all images, the rest of this process's own."""
         config = self.config
+        rows = self.processes.rows(len(labels))
         slot, classes = class_slots(labels, self.teacher.num_classes)
         # A class seen for the first time has no centroid to compare with, only one to start.
         centroid_mean, centroid_spread, exists = bank.lookup(classes)
@@ -143,15 +155,15 @@ class SynthesisObjective:
             self._noise,
         )
         goals = ClassTargets(
-            slot,
+            slot[rows],
             torch.stack([centroid_mean, noisy_mean]),
             torch.stack([centroid_spread, noisy_spread]),
             (config.alignment_weight, config.diversity_weight),
-            mask=self._class_mask(output, labels, correct),
+            mask=self._class_mask(output, labels[rows], correct),
             known=exists,
             average=config.class_reduction == "mean",
         )
-        result = self._targets(output.mean, output.var, goals)
+        result = self._targets(output.mean, output.var, goals, group=self.processes.group)
         return result, ClassStatistics(classes, result.images, result.class_mean, result.class_spread)
 
     def _class_mask(self, output: TeacherOutput, labels: Tensor, correct: Tensor) -> Tensor | None:

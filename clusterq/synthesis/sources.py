@@ -3,6 +3,9 @@
 Both sources have `fit(progress, on_step)`, `batch(step)`, `images()`, `labels()`, `metrics`, `state_dict()` and
 `load_state_dict()`. Labels are balanced over the classes. The same seed on the same device and version gives the same
 bits.
+
+Several processes share every batch: each holds the whole bank or generator, computes on its own rows, and has what the
+others have when `fit` ends and whenever a state is taken, which all have to do together.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clusterq.config import SynthesisConfig
+from clusterq.processes import Processes, SharedBatchNorm2d
 from clusterq.synthesis.generator import build_generator
 from clusterq.synthesis.objective import SynthesisObjective
 from clusterq.synthesis.recipes import draw_recipes, initial_images, shifted
@@ -45,6 +49,7 @@ class GeneratorSource:
         seed: of weights, noise, labels and sampling.
         batch_size: images per `batch` once they are stored; None: `config.batch_size`.
         stream: train on while images are drawn.
+        processes: that share every batch.
 
     Attributes:
         generator: the network.
@@ -61,13 +66,17 @@ class GeneratorSource:
         seed: int,
         batch_size: int | None = None,
         stream: bool = False,
+        processes: Processes | None = None,
     ) -> None:
+        self.processes = processes or Processes()
         self.teacher = teacher
         self.config = config
         self.seed = seed
         self.stream = stream
         self.batch_size = batch_size or config.batch_size
-        self.objective = SynthesisObjective(teacher, config, seed=_stream(seed, _DIVERSITY_STREAM))
+        self.objective = SynthesisObjective(
+            teacher, config, seed=_stream(seed, _DIVERSITY_STREAM), processes=self.processes
+        )
         self.generator = build_generator(
             config.generator,
             teacher.num_classes,
@@ -77,11 +86,13 @@ class GeneratorSource:
             seed=seed,
             device=teacher.device,
         )
+        if self.processes.size > 1:
+            SharedBatchNorm2d.convert_(self.generator, self.processes)
         self._optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=config.generator_lr, betas=config.generator_betas
         )
         self._random = torch.Generator(teacher.device).manual_seed(_stream(seed, _NOISE_STREAM))
-        self._log = MetricLog("image synthesis")
+        self._log = MetricLog("image synthesis", processes=self.processes)
         self._stored: StoredImages | None = None
         self.step = 0
 
@@ -113,7 +124,7 @@ class GeneratorSource:
             self._stored = self.sample(self.config.num_images)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and labels for student step `step`: stored ones, or with `stream` fresh ones.
+        """This process's images and labels for student step `step`: stored ones, or with `stream` fresh ones.
 
         A streamed batch comes from one more training step: the `config.batch_size` images its loss was taken on.
         """
@@ -126,7 +137,7 @@ class GeneratorSource:
         random = torch.Generator(self.teacher.device).manual_seed(_stream(self.seed, _SAMPLE_STREAM))
         labels = balanced_labels(count, self.teacher.num_classes, random)
         images = torch.cat([self._generate(part, random) for part in torch.split(labels, self.config.batch_size)])
-        return StoredImages(images, labels, self.batch_size, self.seed)
+        return StoredImages(images, labels, self.batch_size, self.seed, self.processes)
 
     def images(self) -> Tensor:
         """[num_images, C, H, W]: the stored images; with `stream` a sample of the generator as it is now."""
@@ -170,19 +181,21 @@ class GeneratorSource:
         labels = balanced_labels(self.config.batch_size, self.teacher.num_classes, self._random)
         noise = torch.randn(len(labels), self.config.latent_dim, generator=self._random, device=self.teacher.device)
         self._optimizer.param_groups[0]["lr"] = generator_rate(self.config, self.step)
+        rows = self.processes.rows(len(labels))
         with torch.enable_grad():
             with self.objective.autocast():
-                images = self.generator(noise, labels)
+                images = self.generator(noise[rows], labels[rows])
             images = images.to(self.teacher.dtype)
             terms = self.objective(images, labels, use_classes=self.step >= self.config.warmup_steps)
             self._optimizer.zero_grad()
             terms.total.backward()  # type: ignore[no-untyped-call]
+        self.processes.add_gradients_(self.generator.parameters())
         self._optimizer.step()
         self.objective.update_centroids(terms)
         self._log.append(self.step, terms.terms)
         self.step += 1
         self._begin_classes()
-        return images.detach(), labels
+        return images.detach(), labels[rows]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything `fit` or `batch` needs to continue bit for bit, and the metrics so far."""
@@ -230,6 +243,7 @@ class BankSource:
         config: synthesis settings.
         seed: of noise, labels, recipes and shifts.
         batch_size: images per `batch`; None: `config.batch_size`.
+        processes: that share every chunk.
 
     Attributes:
         objective: the loss with its centroids.
@@ -237,10 +251,21 @@ class BankSource:
         step: chunk steps done, of `image_steps` times the number of chunks.
     """
 
-    def __init__(self, teacher: Teacher, config: SynthesisConfig, *, seed: int, batch_size: int | None = None) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        config: SynthesisConfig,
+        *,
+        seed: int,
+        batch_size: int | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        self.processes = processes or Processes()
         self.teacher = teacher
         self.config = config
-        self.objective = SynthesisObjective(teacher, config, seed=_stream(seed, _DIVERSITY_STREAM))
+        self.objective = SynthesisObjective(
+            teacher, config, seed=_stream(seed, _DIVERSITY_STREAM), processes=self.processes
+        )
         random = torch.Generator().manual_seed(_stream(seed, _NOISE_STREAM))
         parts = math.ceil(config.num_images / config.batch_size)
         self.recipes = draw_recipes(config, parts, random)
@@ -251,13 +276,14 @@ class BankSource:
         ]
         images = torch.cat(noise).to(teacher.device, teacher.dtype)
         labels = balanced_labels(config.num_images, teacher.num_classes, random).to(teacher.device)
-        self._stored = StoredImages(images, labels, batch_size or config.batch_size, seed)
+        self._stored = StoredImages(images, labels, batch_size or config.batch_size, seed, self.processes)
         self._shifts = torch.Generator().manual_seed(_stream(seed, _SHIFT_STREAM))
         # Views: the optimisers write straight into the bank.
-        self._chunks = [chunk.requires_grad_() for chunk in images.tensor_split(parts)]
+        self._chunks = images.tensor_split(parts)
+        self._own = [chunk[self.processes.rows(len(chunk))].requires_grad_() for chunk in self._chunks]
         self._chunk_labels = labels.tensor_split(parts)
-        self._optimizers = [torch.optim.Adam([chunk], lr=config.image_lr) for chunk in self._chunks]
-        self._log = MetricLog("image synthesis")
+        self._optimizers = [torch.optim.Adam([own], lr=config.image_lr) for own in self._own]
+        self._log = MetricLog("image synthesis", processes=self.processes)
         self.step = 0
 
     @property
@@ -278,19 +304,26 @@ class BankSource:
             if progress is not None:
                 progress(self.step, total)
         self._log.flush()
+        self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Every process's rows of the images to all."""
+        for chunk in self._chunks:
+            self.processes.gather_(chunk)
 
     def _train_step(self) -> None:
         round_, part = divmod(self.step, len(self._chunks))
         if part == 0 and round_ == self.config.warmup_steps:
-            chunks = [chunk.detach() for chunk in self._chunks]
-            self.objective.initialise_centroids(zip(chunks, self._chunk_labels, strict=True))
+            self._exchange()
+            self.objective.initialise_centroids(zip(self._chunks, self._chunk_labels, strict=True))
         optimizer = self._optimizers[part]
         if self.config.image_schedule == "cosine":
             phase = math.pi * round_ / self.config.image_steps
             optimizer.param_groups[0]["lr"] = self.config.image_lr * 0.5 * (1 + math.cos(phase))
         recipe = self.recipes[part]
         with torch.enable_grad():
-            images = self._chunks[part]
+            images = self._own[part]
             if recipe.shift:
                 images = shifted(images, recipe.shift, self._shifts)
             terms = self.objective(
@@ -307,7 +340,7 @@ class BankSource:
         self.step += 1
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images [batch_size, C, H, W] and labels of student step `step`."""
+        """This process's rows of the images [batch_size, C, H, W] and labels of student step `step`."""
         return self._stored.batch(step)
 
     def images(self) -> Tensor:
@@ -319,12 +352,15 @@ class BankSource:
         return self._stored.labels()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything `fit` needs to continue bit for bit, and the metrics so far."""
+        """Everything `fit` needs to continue bit for bit, by any number of processes, and the metrics so far."""
+        self._exchange()
         return {
             "step": self.step,
             "images": self.images().clone(),
             "labels": self.labels().clone(),
-            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self._optimizers],
+            "optimizers": [
+                self._whole(optimizer, chunk) for optimizer, chunk in zip(self._optimizers, self._chunks, strict=True)
+            ],
             "objective": self.objective.state_dict(),
             "shifts": self._shifts.get_state(),
             "metrics": [dict(record) for record in self.metrics],
@@ -336,7 +372,28 @@ class BankSource:
         self._shifts.set_state(state["shifts"].cpu())
         self.images().copy_(state["images"])
         self.labels().copy_(state["labels"])
-        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(saved))
+        for optimizer, chunk, saved in zip(self._optimizers, self._chunks, state["optimizers"], strict=True):
+            optimizer.load_state_dict(_cut(saved, self.processes.rows(len(chunk))))
         self.objective.load_state_dict(state["objective"])
         self._log.restore(state["metrics"])
+
+    def _whole(self, optimizer: torch.optim.Adam, chunk: Tensor) -> dict[str, Any]:
+        """State of the optimizer as one process that has the whole chunk would hold it."""
+        state = copy.deepcopy(optimizer.state_dict())
+        for moments in state["state"].values():
+            for name, own in moments.items():
+                # The others are numbers, such as the count of steps.
+                if own.dim() == chunk.dim():
+                    moments[name] = own.new_empty(chunk.shape)
+                    moments[name][self.processes.rows(len(chunk))] = own
+                    self.processes.gather_(moments[name])
+        return state
+
+
+def _cut(state: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """An optimizer's state for some rows of its one tensor; a copy, as Adam keeps and changes what it is given."""
+    moments = {
+        key: {name: value[rows] if value.dim() > 0 else value for name, value in entry.items()}
+        for key, entry in state["state"].items()
+    }
+    return copy.deepcopy({**state, "state": moments})

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clusterq.errors import DivergenceError
+from clusterq.processes import Processes
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 
@@ -23,14 +24,16 @@ class StoredImages:
     Attributes:
         stored_images: [N, C, H, W].
         stored_labels: [N] int64.
-        batch_size: images per `batch`; may exceed N.
+        batch_size: images per step; may exceed N.
         seed: of the order.
+        processes: that share every step's images.
     """
 
     stored_images: Tensor
     stored_labels: Tensor
     batch_size: int
     seed: int = 0
+    processes: Processes = field(default_factory=Processes)
     _orders: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -53,14 +56,14 @@ class StoredImages:
         return self.stored_labels
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images [batch_size, C, H, W] and labels [batch_size] of training step `step`, counted from 0."""
+        """This process's rows of the images [batch_size, C, H, W] and labels [batch_size] of step `step`, from 0."""
         total = len(self.stored_labels)
         begin, end = step * self.batch_size, (step + 1) * self.batch_size
         parts = []
         for epoch in range(begin // total, (end - 1) // total + 1):
             first = max(begin - epoch * total, 0)
             parts.append(self._order(epoch)[first : min(end - epoch * total, total)])
-        index = torch.cat(parts)
+        index = torch.cat(parts)[self.processes.rows(self.batch_size)]
         return self.stored_images[index], self.stored_labels[index]
 
     def _order(self, epoch: int) -> Tensor:
@@ -100,13 +103,17 @@ class MetricLog:
         phase: named in the error of a diverged run.
         every: steps per group.
         on_step: called with (step, terms) for every step, a group at a time.
+        processes: of whose terms the sum is meant.
 
     Attributes:
         records: one dictionary per step: `step` and the terms as floats.
     """
 
-    def __init__(self, phase: str, *, every: int = 20, on_step: OnStep | None = None) -> None:
+    def __init__(
+        self, phase: str, *, every: int = 20, on_step: OnStep | None = None, processes: Processes | None = None
+    ) -> None:
         self.phase = phase
+        self.processes = processes or Processes()
         self.every = every
         self.on_step = on_step
         self.records: list[dict[str, float]] = []
@@ -132,7 +139,8 @@ class MetricLog:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        values = iter(torch.stack([value.float() for _, terms in pending for value in terms.values()]).tolist())
+        own = torch.stack([value.float() for _, terms in pending for value in terms.values()])
+        values = iter(self.processes.add_(own).tolist())
         for step, terms in pending:
             record: dict[str, Any] = {name: next(values) for name in terms}
             for name, value in record.items():
