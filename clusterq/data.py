@@ -9,32 +9,23 @@ transform where there is one.
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import io
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clusterq.errors import DataError, ModelError, require
 from clusterq.models import LoadedModel
-from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, first_line, require_unpacked_size
-
-if TYPE_CHECKING:
-    import numpy as np
+from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, read_array, read_labels, require_unpacked_size
 
 DIGITS_HELD_OUT = 500
 _DIGITS_SPLIT_SEED = 0
-_MAX_HEADER = 4096
-# Of labels.csv: 40 million lines.
-_MAX_LABELS_BYTES = 1 << 30
-# What numpy raises for a damaged header, which it evaluates as a Python literal.
-_BROKEN_HEADER = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -211,6 +202,12 @@ def open_for(loaded: LoadedModel, spec: str) -> EvaluationSet:
     return data
 
 
+def data_identity(data: EvaluationSet) -> str:
+    """SHA-256 of a set's name, size and labels."""
+    labels = data.labels.to(torch.int64).contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{data.name} {len(data)}\n".encode() + labels).hexdigest()
+
+
 def digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits at 16x16: float32 [N, 1, 16, 16] in 0..1 and int64 [N].
 
@@ -276,9 +273,9 @@ def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Ten
         with zipfile.ZipFile(path) as archive:
             require_unpacked_size(archive, path.stat().st_size, path.name, DataError)
             members = {info.filename: info for info in archive.infolist()}
-            images = _array(path.name, archive, members, "images")
-            labels = _array(path.name, archive, members, "labels")
-            named = _array(path.name, archive, members, "classes") if "classes.npy" in members else None
+            images = read_array(path.name, archive, members, "images")
+            labels = read_array(path.name, archive, members, "labels")
+            named = read_array(path.name, archive, members, "classes") if "classes.npy" in members else None
     except BROKEN_ZIP as error:
         if isinstance(error, DataError):
             raise
@@ -292,37 +289,6 @@ def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Ten
     classes = None if named is None else len(named)
     target = torch.from_numpy(labels.astype("int64"))
     return _array_set(path.name, torch.from_numpy(images), target, classes, input_shape, normalise)
-
-
-def _array(name: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], key: str) -> np.ndarray[Any, Any]:
-    """One array of an .npz file, its announced size compared with the stored one before memory is taken."""
-    import numpy as np
-
-    info = members.get(f"{key}.npy")
-    if info is None:
-        raise DataError(f"{name} has no array {key!r}")
-    try:
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(file, max_header_size=_MAX_HEADER)
-            begin = file.tell()
-        if dtype.hasobject:
-            raise DataError(f"{name}: array {key!r} holds Python objects and was refused: reading it could run code")
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        if any(length < 0 for length in shape):
-            raise DataError(f"{name}: array {key!r} is damaged: its shape is {list(shape)}")
-        if begin + size != info.file_size:
-            raise DataError(f"{name}: array {key!r} announces {size} bytes; {info.file_size - begin} are stored")
-        with archive.open(info) as file:
-            array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
-    except _BROKEN_HEADER as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{name}: array {key!r} is damaged: {first_line(error)}") from error
-    return array
 
 
 def _file_transform(
@@ -349,7 +315,7 @@ def _file_transform(
 
 
 def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
-    rows = _label_rows(path / "labels.csv")
+    rows = read_labels(path / "labels.csv")
     name = f"{path.name}/images.zip"
     try:
         archive = zipfile.ZipFile(path / "images.zip")
@@ -376,21 +342,6 @@ def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
             return prepare(picture)
 
     return EvaluationSet(path.name, image, torch.tensor([label for _, label in rows]))
-
-
-def _label_rows(path: Path) -> list[tuple[str, int]]:
-    """(file, label) per line of a labels.csv."""
-    name = f"{path.parent.name}/{path.name}"
-    if path.stat().st_size > _MAX_LABELS_BYTES:
-        raise DataError(f"{name} has more than {_MAX_LABELS_BYTES} bytes")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{name}: wanted the columns file,label with integer labels") from error
-    if any(abs(label) >= 1 << 63 for _, label in rows):
-        raise DataError(f"{name}: a label is larger than any number of classes")
-    return rows
 
 
 def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
