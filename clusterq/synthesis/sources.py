@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clusterq.config import SynthesisConfig
+from clusterq.restoring import load_optimizer, steps_done
 from clusterq.synthesis.generator import build_generator
 from clusterq.synthesis.objective import SynthesisObjective
 from clusterq.synthesis.recipes import draw_recipes, initial_images, shifted
@@ -197,10 +198,9 @@ class GeneratorSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; stored images are drawn anew by the next `fit`."""
-        self.step = state["step"]
+        self.step = steps_done(state)
         self.generator.load_state_dict(state["generator"])
-        # Adam keeps the moments it is given and changes them in place.
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        load_optimizer(self._optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         self._random.set_state(state["random"].cpu())
         self._log.restore(state["metrics"])
@@ -332,11 +332,11 @@ class BankSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.step = state["step"]
+        self.step = steps_done(state)
         self._shifts.set_state(state["shifts"].cpu())
         self.images().copy_(state["images"])
         self.labels().copy_(state["labels"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(saved))
+            load_optimizer(optimizer, saved)
         self.objective.load_state_dict(state["objective"])
         self._log.restore(state["metrics"])
