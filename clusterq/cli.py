@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + stop.signal
     except KeyboardInterrupt as stop:
         print(f"clusterq: interrupted, {getattr(stop, 'how_to_continue', 'nothing was written')}", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     # PyTorch reports a device out of memory, a kernel that cannot run and the like as RuntimeError.
     except (ClusterQError, ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("CLUSTERQ_TRACEBACK") == "1":
@@ -196,9 +197,10 @@ def _add_bench(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace, command: str) -> int:
-    from clusterq.run import RESULT_FORMAT, RunRequest
+    from clusterq import result
+    from clusterq.request import RunRequest
 
-    if options.output.exists() and not _is_run(options.output, RESULT_FORMAT):
+    if options.output.exists() and not _is_run(options.output, result.FORMAT):
         raise ValueError(f"{options.output} exists and is not a run folder; choose another --output")
     request = RunRequest(
         model="builtin:digits",
@@ -214,13 +216,18 @@ def _demo(options: argparse.Namespace, command: str) -> int:
 
 
 def _quantize(options: argparse.Namespace, command: str) -> int:
+    from clusterq.request import RunRequest
     from clusterq.resume import SAVE_EVERY
-    from clusterq.run import RunRequest
     from clusterq.trust import continued
 
     words = shlex.split(command)[1:]
     if options.resume is not None:
         output = Path(options.resume) if options.resume else options.output
+        if options.output is not None and output != options.output:
+            raise ValueError(
+                f"--output {options.output} beside --resume {options.resume}: a run is continued into its own folder; "
+                "leave it out"
+            )
         if options.model is None:
             options, words = continued(options, _parser().parse_args)
             command = shlex.join(["clusterq", *words])

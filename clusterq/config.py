@@ -10,11 +10,11 @@ other, raise ValueError with the setting's name, what it got and what it wanted.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from clusterq.settings import Range, check_fields
+from clusterq.settings import LayerBits, Range, check_fields
 
 WeightRange = Literal["mse", "minmax"]
 ActivationRange = Literal["mse", "minmax", "ema"]
@@ -42,31 +42,6 @@ Weight = Annotated[float, Range(at_least=0)]
 Positive = Annotated[float, Range(above=0)]
 Momentum = Annotated[float, Range(at_least=0, below=1)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
-
-
-class LayerBits(Mapping[str, int]):
-    """Widths by module name that cannot be changed, so that a configuration can be hashed and shared.
-
-    Equal to any mapping with the same items.
-    """
-
-    def __init__(self, bits: Mapping[str, int]) -> None:
-        self._bits = dict(bits)
-
-    def __getitem__(self, name: str) -> int:
-        return self._bits[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bits)
-
-    def __len__(self) -> int:
-        return len(self._bits)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._bits.items()))
-
-    def __repr__(self) -> str:
-        return repr(self._bits)
 
 
 @dataclass(frozen=True)

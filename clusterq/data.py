@@ -9,32 +9,26 @@ transform where there is one.
 
 from __future__ import annotations
 
-import csv
+import hashlib
 import io
-import tokenize
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from clusterq.errors import DataError, ModelError, require
-from clusterq.models import LoadedModel
-from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, first_line, require_unpacked_size
-
-if TYPE_CHECKING:
-    import numpy as np
+from clusterq.models import LoadedModel, file_sha256
+from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, read_array, read_labels, require_unpacked_size
 
 DIGITS_HELD_OUT = 500
 _DIGITS_SPLIT_SEED = 0
-_MAX_HEADER = 4096
-# Of labels.csv: 40 million lines.
-_MAX_LABELS_BYTES = 1 << 30
-# What numpy raises for a damaged header, which it evaluates as a Python literal.
-_BROKEN_HEADER = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
+# Files of a set of images in one archive.
+_ARCHIVE = ("images.zip", "labels.csv")
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ def open_data(
     path = Path(spec)
     if path.suffix == ".npz" and path.is_file():
         return _npz(path, input_shape, normalise)
-    if (path / "images.zip").is_file() and (path / "labels.csv").is_file():
+    if all((path / name).is_file() for name in _ARCHIVE):
         return _zipped(path, prepare)
     if path.is_dir():
         return _folder(path, prepare)
@@ -209,6 +203,30 @@ def open_for(loaded: LoadedModel, spec: str) -> EvaluationSet:
     data = open_data(spec, input_shape=loaded.input_shape, mean=loaded.mean, std=loaded.std, transform=loaded.transform)
     check_fits(data, loaded.num_classes)
     return data
+
+
+def content_sha256(spec: str) -> str | None:
+    """SHA-256 of a set's content, hexadecimal: of a file its bytes, of a folder the names and bytes of its files.
+
+    None for the named sets, whose content is fixed: scikit-learn brings one, torchvision verifies the others.
+
+    Args:
+        spec: see the module's docstring.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    path = Path(spec)
+    if path.is_file():
+        return file_sha256(path)
+    if not path.is_dir():
+        return None
+    archive = [path / name for name in _ARCHIVE]
+    files = archive if all(file.is_file() for file in archive) else [file for file in path.rglob("*") if file.is_file()]
+    digest = hashlib.sha256()
+    for name, file in sorted((file.relative_to(path).as_posix(), file) for file in files):
+        digest.update(json.dumps([name, file_sha256(file)]).encode())
+    return digest.hexdigest()
 
 
 def digits(*, held_out: bool) -> tuple[Tensor, Tensor]:
@@ -276,9 +294,9 @@ def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Ten
         with zipfile.ZipFile(path) as archive:
             require_unpacked_size(archive, path.stat().st_size, path.name, DataError)
             members = {info.filename: info for info in archive.infolist()}
-            images = _array(path.name, archive, members, "images")
-            labels = _array(path.name, archive, members, "labels")
-            named = _array(path.name, archive, members, "classes") if "classes.npy" in members else None
+            images = read_array(path.name, archive, members, "images")
+            labels = read_array(path.name, archive, members, "labels")
+            named = read_array(path.name, archive, members, "classes") if "classes.npy" in members else None
     except BROKEN_ZIP as error:
         if isinstance(error, DataError):
             raise
@@ -292,37 +310,6 @@ def _npz(path: Path, input_shape: tuple[int, int, int], normalise: Callable[[Ten
     classes = None if named is None else len(named)
     target = torch.from_numpy(labels.astype("int64"))
     return _array_set(path.name, torch.from_numpy(images), target, classes, input_shape, normalise)
-
-
-def _array(name: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], key: str) -> np.ndarray[Any, Any]:
-    """One array of an .npz file, its announced size compared with the stored one before memory is taken."""
-    import numpy as np
-
-    info = members.get(f"{key}.npy")
-    if info is None:
-        raise DataError(f"{name} has no array {key!r}")
-    try:
-        with archive.open(info) as file:
-            version = np.lib.format.read_magic(file)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, _, dtype = header(file, max_header_size=_MAX_HEADER)
-            begin = file.tell()
-        if dtype.hasobject:
-            raise DataError(f"{name}: array {key!r} holds Python objects and was refused: reading it could run code")
-        size = dtype.itemsize
-        for length in shape:
-            size *= length
-        if any(length < 0 for length in shape):
-            raise DataError(f"{name}: array {key!r} is damaged: its shape is {list(shape)}")
-        if begin + size != info.file_size:
-            raise DataError(f"{name}: array {key!r} announces {size} bytes; {info.file_size - begin} are stored")
-        with archive.open(info) as file:
-            array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
-    except _BROKEN_HEADER as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{name}: array {key!r} is damaged: {first_line(error)}") from error
-    return array
 
 
 def _file_transform(
@@ -349,7 +336,7 @@ def _file_transform(
 
 
 def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
-    rows = _label_rows(path / "labels.csv")
+    rows = read_labels(path / "labels.csv")
     name = f"{path.name}/images.zip"
     try:
         archive = zipfile.ZipFile(path / "images.zip")
@@ -376,21 +363,6 @@ def _zipped(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:
             return prepare(picture)
 
     return EvaluationSet(path.name, image, torch.tensor([label for _, label in rows]))
-
-
-def _label_rows(path: Path) -> list[tuple[str, int]]:
-    """(file, label) per line of a labels.csv."""
-    name = f"{path.parent.name}/{path.name}"
-    if path.stat().st_size > _MAX_LABELS_BYTES:
-        raise DataError(f"{name} has more than {_MAX_LABELS_BYTES} bytes")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-    except (KeyError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{name}: wanted the columns file,label with integer labels") from error
-    if any(abs(label) >= 1 << 63 for _, label in rows):
-        raise DataError(f"{name}: a label is larger than any number of classes")
-    return rows
 
 
 def _folder(path: Path, prepare: Callable[[Any], Tensor]) -> EvaluationSet:

@@ -9,6 +9,7 @@ Images depend on the network alone, never on the student, so they are made once 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
@@ -29,6 +30,7 @@ from clusterq.divergence import first_nonfinite
 from clusterq.errors import DivergenceError, ModelError
 from clusterq.processes import Processes
 from clusterq.progress import ConsoleProgress
+from clusterq.restoring import restoring
 from clusterq.synthesis import BankSource, GeneratorSource, StoredImages, Teacher
 from clusterq.synthesis.stored import OnStep, subset
 
@@ -146,6 +148,7 @@ class ClusterQ:
 
         Raises:
             DivergenceError: a loss term became NaN or infinite.
+            CheckpointError: `state` does not fit.
         """
         config, seed = self.config.synthesis, self.config.seed
         batch_size = self.config.finetune.batch_size
@@ -161,13 +164,13 @@ class ClusterQ:
                 self.teacher, config, seed=seed, batch_size=batch_size, stream=stream, processes=self.processes
             )
         if state is not None:
-            source.load_state_dict(state)
+            with restoring():
+                source.load_state_dict(state)
         with self._phase("synthesis", source.state_dict) as (progress, on_step):
             try:
                 source.fit(progress, on_step)
             except DivergenceError as error:
-                images = source.images() if isinstance(source, BankSource) else source.sample(1).images()
-                raise _located(error, self.teacher.model, images) from error
+                raise _located(error, self.teacher.model, source) from error
         self.source = source
         self._warm_generator = source.state_dict() if self.streaming else None
         self._label_accuracy = None if self.streaming else self._check_labels(source.images(), source.labels())
@@ -249,6 +252,7 @@ class ClusterQ:
         Raises:
             ValueError: `student` was prepared with another quantization.
             DivergenceError: a loss became NaN or infinite.
+            CheckpointError: `state` does not fit.
         """
         config = self.config if quantization is None else replace(self.config, quantization=quantization)
         if student is None:
@@ -259,9 +263,10 @@ class ClusterQ:
         finetune = config.finetune
         trained = None
         if state is not None:
-            trained = state["finetuner"]
-            if state["source"] is not None and isinstance(source, GeneratorSource):
-                source.load_state_dict(state["source"])
+            with restoring():
+                trained = state["finetuner"]
+                if self.streaming and isinstance(source, GeneratorSource):
+                    source.load_state_dict(state["source"])
 
         def after_step(finetuner: Callable[[], dict[str, Any]]) -> None:
             def everything() -> dict[str, Any]:
@@ -278,7 +283,7 @@ class ClusterQ:
                     on_step=on_step, state=trained, after_step=after_step, processes=self.processes,
                 )  # fmt: skip
             except DivergenceError as error:
-                raise _located(error, student, source.images()[:1]) from error
+                raise _located(error, student, source) from error
         images, labels = source.images(), source.labels()
         accuracy = self._label_accuracy
         if accuracy is None:
@@ -381,9 +386,15 @@ def _require_shares(config: ClusterQConfig, size: int) -> None:
         )
 
 
-def _located(error: DivergenceError, network: nn.Module, images: Tensor) -> DivergenceError:
-    """The same error, with the layer where numbers stop being finite if that can still be seen."""
-    place = first_nonfinite(network, images.detach())
+def _located(error: DivergenceError, network: nn.Module, source: ImageSource) -> DivergenceError:
+    """The same error, with the layer where numbers stop being finite if one image of the source still shows it."""
+    place = ""
+    # A source or a network that fails now (out of memory, an error of the device) leaves the error as it is.
+    with contextlib.suppress(RuntimeError):
+        images = (source.sample(1) if isinstance(source, GeneratorSource) else source).images().detach()
+        # One that is itself not finite, if there is one.
+        worst = int((~torch.isfinite(images)).flatten(1).any(1).int().argmax())
+        place = first_nonfinite(network, images[worst : worst + 1])
     return DivergenceError(f"{error}; {place}") if place else error
 
 

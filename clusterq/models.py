@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from clusterq.errors import ModelError
 from clusterq.libraries import IMAGENET_MEAN, IMAGENET_STD, LIBRARIES, Facts, named_normalization
 from clusterq.networks import DigitsConvNet, resnet20
-from clusterq.readers import first_line, read_pickled_tensors, read_safetensors, require_plain
+from clusterq.readers import first_line, read_safetensors, require_plain
+from clusterq.readers_torch import read_pickled_tensors
 
 DIGITS_WEIGHTS = Path(__file__).resolve().parent / "assets" / "digits_convnet.safetensors"
 DIGITS_MEAN, DIGITS_STD = (0.306,), (0.319,)

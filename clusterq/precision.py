@@ -18,7 +18,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def autocasts(device: torch.device, autocast: Autocast) -> bool:
+    """What a setting comes to on a device: on, off, or with `"auto"` on where `has_bfloat16`."""
+    return has_bfloat16(device) if autocast == "auto" else bool(autocast)
+
+
 def bfloat16_autocast(device: torch.device, autocast: Autocast) -> torch.autocast:
-    """bfloat16 autocast on a device: on, off, or with `"auto"` on where `has_bfloat16`."""
-    enabled = has_bfloat16(device) if autocast == "auto" else bool(autocast)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    """bfloat16 autocast on a device, where it `autocasts`."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts(device, autocast))

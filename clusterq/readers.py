@@ -7,23 +7,24 @@ values in it and nothing else.
 
 from __future__ import annotations
 
-import io
+import csv
 import json
 import math
-import pickle
-import pickletools
-import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from clusterq.errors import ClusterQError, DataError, require
+
+if TYPE_CHECKING:
+    import numpy as np
 
 Failure = type[ClusterQError]
 
@@ -32,21 +33,19 @@ _JSON_DEPTH = 32
 _INT64_DIGITS = 19
 # No layer of a network has more dimensions; torch's own kernels fail in many ways beyond 64.
 _DIMENSIONS = 8
-# A file of torch's old format begins with five pickles; names of tensors and classes are much shorter than this.
-_PICKLES, _PICKLED_TEXT = 5, 1000
 # Deflate packs up to 1,030 to 1. Archives that unpack to more than both of these are taken for bombs.
 _UNPACKED_BYTES, _UNPACKED_RATIO = 256 << 20, 20
 # One image file of an archive, and one decoded image; the same number of pixels as Pillow warns of.
 IMAGE_BYTES, IMAGE_PIXELS = 64 << 20, 89_478_485
 # Pillow reads PostScript by running Ghostscript, and dozens of formats that nobody stores images of a test set in.
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
+_MAX_HEADER = 4096
+# Of labels.csv: 40 million lines.
+_MAX_LABELS_BYTES = 1 << 30
+# What numpy raises for a damaged header, which it evaluates as a Python literal.
+_BROKEN_HEADER = (ValueError, TypeError, KeyError, SyntaxError, OverflowError, MemoryError, tokenize.TokenError)
 # What zipfile raises for archives that are damaged, encrypted (RuntimeError) or packed in an unknown way.
 BROKEN_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, UnicodeError)
-# What the unpickler raises for a damaged file beside UnpicklingError: Python documents "and others, not limited to".
-_BROKEN_PICKLE = (
-    OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    OverflowError, MemoryError, ImportError, UnicodeError, struct.error,
-)  # fmt: skip
 
 
 def parse_json(data: bytes, name: str, failure: Failure) -> Any:
@@ -127,51 +126,6 @@ def read_safetensors(path: Path, failure: Failure) -> dict[str, Tensor]:
     return tensors
 
 
-def read_pickled_tensors(path: Path, failure: Failure) -> Any:
-    """Content of a file of `torch.save` by the one safe way to read it; tensors in it are not checked yet.
-
-    Raises:
-        failure: damaged, packed (which torch never does), or holding more than what `weights_only=True` admits.
-    """
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"PK"
-    try:
-        if packed:
-            with zipfile.ZipFile(path) as archive:
-                if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                    raise failure(f"{path.name} was refused: its parts are compressed, which torch.save never does")
-                for info in archive.infolist():
-                    if info.filename.endswith("data.pkl"):
-                        _scan_pickles(io.BytesIO(archive.read(info)), path.name, failure)
-        else:
-            with open(path, "rb") as file:
-                _scan_pickles(file, path.name, failure)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise failure(
-            f"{path.name} holds more than plain tensors and was refused, as loading it could run code: "
-            "save the network's state_dict() instead"
-        ) from None
-    except (zipfile.BadZipFile, *_BROKEN_PICKLE) as error:
-        if isinstance(error, failure):
-            raise
-        raise failure(f"{path.name} cannot be read as a weight file: {first_line(error)}") from error
-
-
-def _scan_pickles(file: IO[bytes], name: str, failure: Failure) -> None:
-    """Raises `failure` for very long texts in the pickles that a file begins with, ValueError for damaged ones.
-
-    torch looks for names in its own error message by a regular expression that takes the square of their length.
-    """
-    for _ in range(_PICKLES):
-        if not file.read(1):
-            return
-        file.seek(-1, io.SEEK_CUR)
-        for _, argument, _ in pickletools.genops(file):
-            if isinstance(argument, (str, bytes)) and len(argument) > _PICKLED_TEXT:
-                raise failure(f"{name} was refused: it holds a name of {len(argument)} characters")
-
-
 def require_plain(tensors: Mapping[str, Tensor], name: str, failure: Failure) -> None:
     """Raises `failure` for a tensor that is not dense, on the CPU, of real numbers, and stored in full.
 
@@ -216,6 +170,65 @@ def write_images(path: Path, images: Tensor, labels: Tensor) -> None:
     """Store images [N, C, H, W] and labels [N] for `read_images`."""
     safetensors = require("safetensors.torch", purpose="storing images")
     path.write_bytes(safetensors.save({"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}))
+
+
+def read_array(
+    name: str, archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], key: str
+) -> np.ndarray[Any, Any]:
+    """One array of an .npz file, its announced size compared with the stored one before memory is taken.
+
+    Args:
+        name: of the file, for messages.
+        archive: the file, open.
+        members: its members by name.
+        key: of the array.
+
+    Raises:
+        DataError: absent, damaged, or holding Python objects.
+        One of `BROKEN_ZIP`: the archive is damaged.
+    """
+    import numpy as np
+
+    info = members.get(f"{key}.npy")
+    if info is None:
+        raise DataError(f"{name} has no array {key!r}")
+    try:
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = header(file, max_header_size=_MAX_HEADER)
+            begin = file.tell()
+        if dtype.hasobject:
+            raise DataError(f"{name}: array {key!r} holds Python objects and was refused: reading it could run code")
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        if any(length < 0 for length in shape):
+            raise DataError(f"{name}: array {key!r} is damaged: its shape is {list(shape)}")
+        if begin + size != info.file_size:
+            raise DataError(f"{name}: array {key!r} announces {size} bytes; {info.file_size - begin} are stored")
+        with archive.open(info) as file:
+            array: np.ndarray[Any, Any] = np.lib.format.read_array(file, allow_pickle=False)
+    except _BROKEN_HEADER as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{name}: array {key!r} is damaged: {first_line(error)}") from error
+    return array
+
+
+def read_labels(path: Path) -> list[tuple[str, int]]:
+    """(file, label) per line of a labels.csv. Raises DataError for anything else."""
+    name = f"{path.parent.name}/{path.name}"
+    if path.stat().st_size > _MAX_LABELS_BYTES:
+        raise DataError(f"{name} has more than {_MAX_LABELS_BYTES} bytes")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
+    except (KeyError, ValueError, TypeError, csv.Error) as error:
+        raise DataError(f"{name}: wanted the columns file,label with integer labels") from error
+    if any(abs(label) >= 1 << 63 for _, label in rows):
+        raise DataError(f"{name}: a label is larger than any number of classes")
+    return rows
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import threading
@@ -24,32 +23,13 @@ from typing import Any
 
 from clusterq.errors import CheckpointError, DivergenceError, OutputError, RunInterrupted
 from clusterq.folders import new_folder
-from clusterq.states import DamagedError, read_state, seal, verify, write_state
+from clusterq.partial import Notify, difference, has_state, newest, partial_folder, require_state
+from clusterq.states import seal, write_state
 
 SAVE_EVERY = 60.0
 # Share of the time that saving may take: a state that takes a second is written every 100 seconds at most.
 _COST_SHARE = 0.01
-_STATES = ("last", "previous")
-
-Notify = Callable[[str], None]
 StateOf = Callable[[], dict[str, Any]]
-
-
-def partial_folder(output: Path) -> Path:
-    """Where the state of the run that makes `output` is kept."""
-    return output.with_name(f"{output.name}.partial")
-
-
-def recorded_words(output: Path) -> list[str]:
-    """The command that began the run of `output`, without the program's name.
-
-    Raises:
-        CheckpointError: there is no state of an interrupted run, or none that is whole.
-    """
-    words = _newest(partial_folder(output), _silent).get("words")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise CheckpointError(f"{partial_folder(output)} does not say how its run was begun")
-    return words
 
 
 class Session:
@@ -116,13 +96,13 @@ class Session:
         self._identity, self._environment, self._extra = dict(identity), dict(environment), extra
         if self.every is None:
             return
-        found = _has_state(self.folder)
+        found = has_state(self.folder)
         if found and not resume and not overwrite:
             raise OutputError(
                 f"{self.folder} holds an interrupted run; continue it with --resume, or drop it with --overwrite"
             )
         if resume:
-            _require_state(self.folder)
+            require_state(self.folder)
         self._acquire()
         if resume:
             self._load()
@@ -151,7 +131,9 @@ class Session:
             with new_folder(self.folder / name, overwrite=True) as folder:
                 write(folder)
                 self._folders[name] = seal(folder)
-            self.save()
+            # On a signal `check` saves: twice the same would leave `previous` no older than `last`.
+            if not self._signal:
+                self.save()
         self.check()
 
     def kept(self, name: str) -> Path:
@@ -220,7 +202,7 @@ class Session:
 
     def _leave(self, error: BaseException | None) -> None:
         widths = sorted(name for name in self._folders if name != "synthesis")
-        saved = _has_state(self.folder)
+        saved = has_state(self.folder)
         if isinstance(error, DivergenceError) and not widths:
             # The same steps again would end in the same NaN.
             saved = False
@@ -228,24 +210,35 @@ class Session:
             self._discard()
         elif isinstance(error, DivergenceError):
             error.args = (f"{error}; finished before that, in {self.folder}: {', '.join(widths)}",)
-        elif error is not None and not isinstance(error, RunInterrupted):
+        # Of a state that does not fit the same would come again.
+        elif error is not None and not isinstance(error, (RunInterrupted, CheckpointError)):
             error.how_to_continue = self.how_to_continue()  # type: ignore[attr-defined]
 
     def _save_if_due(self) -> None:
-        # A signal has it saved by `check`: a second save of the same step would leave `previous` no older.
+        # As in `keep`.
         if self.every is not None and not self._signal and time.perf_counter() >= self._next:
             self.save()
 
     def _load(self) -> None:
-        state = _newest(self.folder, self._notify)
-        differs = _difference(state["identity"], self._identity)
+        state, name = newest(self.folder, self._notify)
+        differs = difference(state["identity"], self._identity)
         if differs:
             raise CheckpointError(f"{self.folder} belongs to another run: {differs}")
-        changed = _difference(state["environment"], self._environment)
+        changed = difference(state["environment"], self._environment)
         if changed:
             self._notify(f"{changed}: the result can differ in its last bits from that of a run in one go")
+        if name != "last":
+            self._remove_damaged()
         self.done, self._folders, self._continued = state["done"], state["folders"], state["training"]
         self.carried, self.resumed = state["extra"], state["resumed"] + 1
+
+    def _remove_damaged(self) -> None:
+        # The next save would move it to the place of `previous`, which alone is whole.
+        try:
+            if (self.folder / "last").exists():
+                shutil.rmtree(self.folder / "last")
+        except OSError as error:
+            raise OutputError(f"{self.folder / 'last'} cannot be removed: {error.strerror}") from error
 
     def _discard(self) -> None:
         # Renamed first: killed in the middle, this leaves nothing that looks like the state of a run.
@@ -257,10 +250,25 @@ class Session:
         shutil.rmtree(gone, ignore_errors=True)
 
     def _remove_remains(self) -> None:
-        """What a killed process left half-written; the lock says that no other process is writing it."""
-        mark = re.compile(rf"\.({re.escape(self.output.name)}|{re.escape(self.folder.name)})\.[0-9a-f]{{8}}\.tmp")
+        """What a killed process left half-written; the lock says that no other process is writing it.
+
+        Killed between the two renames that replace a run folder, it left the earlier one under another name.
+        """
+        mark = re.compile(
+            rf"\.({re.escape(self.output.name)}|{re.escape(self.folder.name)})\.[0-9a-f]{{8}}\.(tmp|old|probe)"
+        )
         remains = [path for path in self.folder.iterdir() if path.name.startswith(".")]
-        remains += [path for path in self.folder.parent.iterdir() if mark.fullmatch(path.name)]
+        for path in sorted(self.folder.parent.iterdir()):
+            found = mark.fullmatch(path.name)
+            if found is None:
+                continue
+            if found.groups() == (self.output.name, "old") and not self.output.exists():
+                try:
+                    path.rename(self.output)
+                except OSError as error:
+                    raise OutputError(f"{path} cannot be renamed to {self.output}: {error.strerror}") from error
+            else:
+                remains.append(path)
         for path in remains:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -298,7 +306,9 @@ class Session:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
-            raise KeyboardInterrupt
+            stop = KeyboardInterrupt()
+            stop.signal = number  # type: ignore[attr-defined]
+            raise stop
         self._signal = number
         # Not by print: the signal may have come in the middle of one.
         os.write(2, b"\nclusterq: finishing this step and saving; once more stops at once\n")
@@ -306,67 +316,3 @@ class Session:
 
 def _silent(message: str) -> None:
     pass
-
-
-def _has_state(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in _STATES)
-
-
-def _require_state(folder: Path) -> None:
-    if not _has_state(folder):
-        raise CheckpointError(f"{folder} holds no interrupted run to continue")
-
-
-def _newest(folder: Path, notify: Notify) -> dict[str, Any]:
-    """The content of `last`, of `previous` where `last` is damaged. Raises CheckpointError where both are."""
-    _require_state(folder)
-    problems = []
-    for name in _STATES:
-        try:
-            state = read_state(folder / name)
-            _require_form(state, folder / name)
-            for part, digest in state["folders"].items():
-                if verify(folder / part) != digest:
-                    raise DamagedError(f"{folder / part} is not the one that {folder / name} was saved with")
-        except DamagedError as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            notify(f"{problems[0]}: continuing from the state before it")
-        return dict(state)
-    raise CheckpointError(f"{folder} holds no whole state to continue: {problems[0]}")
-
-
-def _require_form(state: Any, folder: Path) -> None:
-    wanted = {"words": list, "identity": dict, "environment": dict, "done": dict, "folders": dict, "extra": dict}
-    whole = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in wanted.items())
-    training = state.get("training") if whole else None
-    if not whole or not isinstance(state.get("resumed"), int) or not (
-        training is None or (isinstance(training, dict) and {"name", "state"} <= set(training))
-    ):  # fmt: skip
-        raise DamagedError(f"{folder} is not the state of a run")
-    for part, digest in state["folders"].items():
-        if not isinstance(digest, str) or re.fullmatch(r"synthesis|W[2-8]A[2-8]", part) is None:
-            raise DamagedError(f"{folder} is not the state of a run: it names {part!r}")
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first difference of two trees in words; empty when they are equal."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*old, *(key for key in new if key not in old)]:
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-            if found:
-                return found
-        return ""
-    return "" if old == new else f"{path} was {_short(old)} and is {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def command_to_continue(output: Path, *, trust: bool, overwrite: bool) -> str:
-    """What a user types to continue the run of `output`."""
-    words = ["clusterq", "quantize", "--resume", str(output)]
-    return shlex.join([*words, *(["--trust"] if trust else []), *(["--overwrite"] if overwrite else [])])

@@ -10,82 +10,35 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clusterq import bank, figures, ops, qat, report, states
-from clusterq.checkpoint import write_checkpoint
-from clusterq.config import ClusterQConfig, QuantizationConfig, WeightRange
-from clusterq.data import EvaluationSet, evaluate, open_for
+from clusterq import bank, checkpoint, figures, qat, report, states
+from clusterq.config import QuantizationConfig, WeightRange
+from clusterq.data import evaluate, open_for
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
 from clusterq.models import file_sha256, load_model, runs_code
-from clusterq.qat import Row
+from clusterq.partial import Notify, command_to_continue
+from clusterq.precision import autocasts
 from clusterq.readers import write_images
-from clusterq.resume import Notify, Session, command_to_continue
+from clusterq.request import RunRequest
+from clusterq.result import BASELINES, content, data_facts, end_bits, kernels, write_json
+from clusterq.resume import Session
 from clusterq.synthesis import GeneratorSource, StoredImages, project_statistics
 from clusterq.synthesis.stored import subset
-from clusterq.versions import environment, machine, now, versions
+from clusterq.versions import environment
 from clusterq.widths import Width
 
-RESULT_FORMAT, RESULT_VERSION = "clusterq-result", 1
 _PLOTTED_IMAGES = 512
-# What rounding alone costs, the same for every preset: kind of all ranges, symmetry of the weights.
-_BASELINES: dict[str, WeightRange] = {"rounded_minmax": "minmax", "rounded_mse": "mse"}
 
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """What `clusterq quantize` was asked to do.
-
-    Attributes:
-        model, weights, input_size, mean, std, normalization, download: see `clusterq.models.load_model`.
-        data: evaluation set, see `clusterq.data.open_data`; None: nothing is measured.
-        output: run folder to make; `overwrite` replaces an earlier one.
-        widths: one student each, all from the same images.
-        config: settings; its widths are replaced by `widths`.
-        images: `images.safetensors` of an earlier run, or the folder of a bank (`clusterq.bank`), instead of synthesis.
-        any_network: accept a bank that was made for another network.
-        save_images: store the images in the run folder.
-        limit: evaluate on the first so many images only.
-        evaluation_batch: images per evaluation batch.
-        device: where to compute.
-        command: as typed, for the result.
-        resume: continue an interrupted run of the same request, see `clusterq.resume`.
-        save_every: seconds between two saves of the run's state; None: no state is kept.
-        words: the command without the program's name, from which the run can be continued.
-    """
-
-    model: str
-    weights: str | None
-    data: str | None
-    output: Path
-    widths: tuple[Width, ...]
-    config: ClusterQConfig
-    input_size: int | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    normalization: str | None = None
-    download: bool = False
-    images: Path | None = None
-    any_network: bool = False
-    save_images: bool = False
-    limit: int | None = None
-    evaluation_batch: int = 128
-    device: str = "cpu"
-    overwrite: bool = False
-    command: str = ""
-    resume: bool = False
-    save_every: float | None = None
-    words: tuple[str, ...] = ()
 
 
 class _Run:
@@ -124,7 +77,10 @@ class _Run:
             if request.images is not None:
                 images = bank.open_images(request.images, self.loaded, any_network=request.any_network)
                 self.method.use_images(*images)
-            self.data = open_for(self.loaded, request.data) if request.data is not None else None
+            self.data, self.data_facts = None, None
+            if request.data is not None:
+                self.data = open_for(self.loaded, request.data)
+                self.data_facts = data_facts(self.data, request.data, request.limit)
         self.calibration_images = torch.empty(0)
 
     @contextmanager
@@ -138,7 +94,7 @@ class _Run:
         request = self.request
         self.session.begin(
             self._identity(),
-            environment(request.device),
+            self._environment(),
             self._spent,
             resume=request.resume,
             overwrite=request.overwrite,
@@ -152,11 +108,22 @@ class _Run:
         request = self.request
         return {
             "model": self.loaded.facts(),
+            "file": file_sha256(request.model.rsplit(":", 1)[0]) if runs_code(request.model) else None,
             "config": request.config.to_dict(),
             "widths": [str(width) for width in request.widths],
             "images": None if request.images is None else file_sha256(bank.images_file(request.images)),
-            "data": _data_facts(self.data, request),
+            "data": self.data_facts,
             "device": torch.device(request.device).type,
+        }
+
+    def _environment(self) -> dict[str, Any]:
+        """What should be the same."""
+        device, config = self.request.device, self.request.config
+        autocast = {name: getattr(config, name).autocast for name in ("synthesis", "finetune")}
+        return {
+            **environment(device),
+            "autocast": {name: autocasts(torch.device(device), value) for name, value in autocast.items()},
+            "kernels": kernels(device),
         }
 
     def _spent(self) -> dict[str, Any]:
@@ -196,7 +163,8 @@ class _Run:
         session, source = self.session, self.method.source
         with self.timed("synthesis"):
             if source is None and "synthesis" in session.done:
-                source = self.method.synthesize(state=states.read_state(session.kept("synthesis")))
+                kept = states.read_state(session.kept("synthesis"), verified=True)
+                source = self.method.synthesize(state=kept)
             elif source is None:
                 made = self.method.synthesize(state=session.state_of("synthesis"))
                 assert not isinstance(made, StoredImages)
@@ -216,16 +184,30 @@ class _Run:
         target, part = folder / "checkpoints" / str(width), str(width)
         if part not in self.session.done:
             target.mkdir(parents=True)
-            self.session.keep(part, self._make_width(width, target), lambda kept: _copy_files(target, kept))
+            self.session.keep(part, self._make_width(width, target), functools.partial(self._keep_width, target))
         else:
             target.mkdir(parents=True)
-            _copy_files(self.session.kept(part), target)
+            kept = self.session.kept(part)
+            _copy_checkpoint(kept, target)
+            if self.method.streaming:
+                self._generator.load_state_dict(states.read_state(kept, verified=True))
         done = self.session.done[part]
         self.metrics += done["metrics"]
         if done["synthesis"]:
             self.synthesis_metrics = done["synthesis"]
         row: dict[str, Any] = done["row"]
         return row
+
+    def _keep_width(self, target: Path, kept: Path) -> None:
+        """What a finished width leaves for a process that continues the run."""
+        _copy_checkpoint(target, kept)
+        if self.method.streaming:
+            states.write_state(kept, self._generator.state_dict())
+
+    @property
+    def _generator(self) -> GeneratorSource:
+        assert isinstance(self.method.source, GeneratorSource)
+        return self.method.source
 
     def _make_width(self, width: Width, target: Path) -> dict[str, Any]:
         """The row of a width, its metrics and those of a streaming source; writes the checkpoint into `target`."""
@@ -240,7 +222,7 @@ class _Run:
             "activation_bits": width.activation_bits,
             "layer_bits": dict(quantization.layer_bits),
         }
-        for name, ranges in _BASELINES.items():
+        for name, ranges in BASELINES.items():
             row[name] = once(f"{width} {name}", functools.partial(self._rounded, width, quantization, ranges))
         with self.timed("calibration"):
             student = self.method.calibrate(quantization)
@@ -253,11 +235,11 @@ class _Run:
         row["samples_seen"] = result.samples_seen
         row["label_accuracy"] = 100 * result.label_accuracy
         layers = qat.report(result.student)
-        row["first_layer_bits"], row["last_layer_bits"] = _end_bits(layers)
+        row["first_layer_bits"], row["last_layer_bits"] = end_bits(layers)
         row["layers"] = [asdict(layer) for layer in layers]
         row["unreached"] = [asdict(layer) for layer in qat.unreached(result.student)]
         row["checkpoint"] = f"checkpoints/{width}"
-        write_checkpoint(
+        checkpoint.write_checkpoint(
             result.student,
             target,
             config=result.config,
@@ -340,12 +322,25 @@ def _carry_out(state: _Run) -> dict[str, Any]:
         rows = [state.width(width, folder) for width in request.widths]
         state.metrics = [{"phase": "synthesis", **step} for step in state.synthesis_metrics] + state.metrics
         if state.method.streaming:
+            # As training has left the generator.
             assert source is not None
             images, labels = source.images().detach(), source.labels()
-        result = _result(state, full, rows, images)
+        result = content(
+            request,
+            state.loaded,
+            replace(request.config, quantization=state.quantization(request.widths[0])),
+            data=state.data_facts,
+            full=full,
+            rows=rows,
+            images=images,
+            calibration_images=len(state.calibration_images),
+            resumed=session.resumed,
+            seconds=state.seconds,
+        )
         if request.save_images:
             write_images(folder / "images.safetensors", images, labels)
         with state.timed("report"):
+            session.check()
             pictures = figures.draw(
                 folder,
                 result,
@@ -355,90 +350,15 @@ def _carry_out(state: _Run) -> dict[str, Any]:
                 separability=state.separability(images, labels),
             )
         result["seconds"] = {**state.seconds, "total": time.perf_counter() - state.start}
-        _write_json(folder / "result.json", result)
+        write_json(folder / "result.json", result)
         with open(folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in state.metrics)
         report.write_html(folder / "report.html", result, pictures)
+        # The last moment at which a signal ends the run: it is complete after that.
+        session.check()
     return result
 
 
-def _result(
-    state: _Run, full: Mapping[str, float | None] | None, rows: list[dict[str, Any]], images: Tensor
-) -> dict[str, Any]:
-    request, loaded = state.request, state.loaded
-    settings = replace(request.config, quantization=state.quantization(request.widths[0])).to_dict()
-    return {
-        "format": RESULT_FORMAT,
-        "format_version": RESULT_VERSION,
-        "command": request.command,
-        "created": now(),
-        "preset": request.config.preset,
-        "seed": request.config.seed,
-        "model": loaded.facts(),
-        "data": _data_facts(state.data, request),
-        "float": full,
-        "images": {
-            "count": len(images),
-            "shape": list(images.shape[1:]),
-            "source": str(request.images) if request.images is not None else request.config.synthesis.source,
-            "label_accuracy": rows[-1]["label_accuracy"],
-        },
-        "baselines": _baselines(len(state.calibration_images)),
-        "widths": rows,
-        "resumed": state.session.resumed,
-        "seconds": dict(state.seconds),
-        "config": settings,
-        "versions": versions(),
-        "machine": {**machine(), "device": request.device},
-        "backends": {
-            backend.op: backend.kernel
-            for backend in ops.backends()
-            if backend.device == torch.device(request.device).type
-        },
-    }
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """Every file of a checkpoint; a manifest belongs to the folder it is in."""
-    for file in source.iterdir():
-        if file.name != states.MANIFEST:
-            shutil.copyfile(file, target / file.name)
-
-
-def _data_facts(data: EvaluationSet | None, request: RunRequest) -> dict[str, Any] | None:
-    if data is None or request.data is None:
-        return None
-    path = Path(request.data)
-    return {
-        "name": data.name,
-        "images": len(data) if request.limit is None else min(request.limit, len(data)),
-        "of": len(data),
-        "sha256": file_sha256(path) if path.is_file() else None,
-    }
-
-
-def _baselines(calibration_images: int) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "training": "none",
-            "ranges": ranges,
-            "weights": "per output channel, asymmetric",
-            "activations": "per tensor, asymmetric",
-            "calibration_images": calibration_images,
-        }
-        for name, ranges in _BASELINES.items()
-    }
-
-
-def _end_bits(layers: Sequence[Row]) -> tuple[int | None, int | None]:
-    """Weight width of the first and of the last layer as they were quantized; None when no layer was."""
-    weights = [layer for layer in layers if layer.weight_bits is not None]
-    if not weights:
-        return None, None
-    # A layer called several times is listed at its first call and may still be the last one.
-    last = next((layer for layer in weights if layer.note.startswith("last layer")), weights[-1])
-    return weights[0].weight_bits, last.weight_bits
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n")
+def _copy_checkpoint(source: Path, target: Path) -> None:
+    for name in (checkpoint.TENSORS, checkpoint.RECORD):
+        shutil.copyfile(source / name, target / name)

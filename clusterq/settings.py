@@ -42,6 +42,31 @@ class Range:
         return " and ".join(f"{name} {value}" for name, value in bounds.items() if value is not None)
 
 
+class LayerBits(Mapping[str, int]):
+    """Widths by module name that cannot be changed, so that a configuration can be hashed and shared.
+
+    Equal to any mapping with the same items.
+    """
+
+    def __init__(self, bits: Mapping[str, int]) -> None:
+        self._bits = dict(bits)
+
+    def __getitem__(self, name: str) -> int:
+        return self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._bits.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._bits)
+
+
 def check_fields(instance: Any, section: str) -> None:
     """Check every field of a dataclass instance against its annotation.
 

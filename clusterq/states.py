@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from clusterq.errors import CheckpointError, require
+from clusterq.models import file_sha256
 from clusterq.readers import parse_json, read_json, read_limited, read_safetensors
 
 FORMAT, FORMAT_VERSION = "clusterq-state", 1
@@ -44,7 +45,7 @@ def verify(folder: Path) -> str:
     """Compare every file with the manifest; returns the manifest's SHA-256.
 
     Raises:
-        DamagedError: a file is absent, incomplete or changed.
+        DamagedError: a file is absent, incomplete, changed, a link, or not in the manifest.
         CheckpointError: the folder is whole and of another format version.
     """
     path = folder / MANIFEST
@@ -62,12 +63,17 @@ def verify(folder: Path) -> str:
     for name, entry in files.items():
         if _NAME.fullmatch(name) is None:
             raise DamagedError(f"{path} is damaged: {name!r} is not the name of a file")
+        if (folder / name).is_symlink():
+            raise DamagedError(f"{folder / name} is damaged: it is a link")
         try:
             found = _entry(folder / name)
         except OSError as error:
             raise DamagedError(f"{folder / name} cannot be read: {error.strerror}") from error
         if found != entry:
             raise DamagedError(f"{folder / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    surplus = sorted({path.name for path in folder.iterdir()} - {*files, MANIFEST})
+    if surplus:
+        raise DamagedError(f"{folder / surplus[0]} is not in {MANIFEST}")
     return hashlib.sha256(data).hexdigest()
 
 
@@ -84,20 +90,21 @@ def write_state(folder: Path, state: Mapping[str, Any]) -> None:
     (folder / TENSORS).write_bytes(safetensors.save(tensors))
 
 
-def read_state(folder: Path) -> Any:
-    """The tree in a sealed folder, tensors on the CPU in memory of their own. Raises as `verify`."""
-    verify(folder)
+def read_state(folder: Path, *, verified: bool = False) -> Any:
+    """The tree in a sealed folder, tensors on the CPU in memory of their own. Raises as `verify`, which it begins with.
+
+    Args:
+        folder: with the tree.
+        verified: `verify` has been called before.
+    """
+    if not verified:
+        verify(folder)
     values = read_json(folder / VALUES, DamagedError, limit=_VALUES_BYTES)
     return _decode(values, read_safetensors(folder / TENSORS, DamagedError))
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _manifest(files: Mapping[str, Any], version: Any = FORMAT_VERSION) -> bytes:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clusterq.errors import CheckpointError, ModelError
 from clusterq.models import runs_code
-from clusterq.resume import recorded_words
+from clusterq.partial import recorded_words
 
 # What may stand beside `--resume RUN` without the rest of the command.
 _OWN = (

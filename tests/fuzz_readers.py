@@ -35,7 +35,7 @@ from fuzz_mutate import mutate
 from safetensors.torch import save
 from torch import nn
 
-from clusterq import checkpoint, resume, states
+from clusterq import checkpoint, partial, states
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.data import open_data
 from clusterq.errors import ClusterQError
@@ -219,7 +219,7 @@ def readers(place: Path) -> dict[str, tuple[list[bytes], Reader, tuple[type[Exce
 
     state = {
         "words": ["quantize", "--model", "x"], "identity": {"a": 1.5}, "environment": {"torch": "2"},
-        "done": {"f": None}, "folders": {}, "resumed": 0, "extra": {"seconds": {"load": 1.0}},
+        "done": {"f": None}, "folders": {}, "resumed": 0, "extra": {"seconds": {"load": 1.0}, "total": 2},
         "training": {"name": "W4A4", "state": {"step": 3, "optimizer": {0: {"m": torch.randn(2, 3).T}}, "b": (1, 2)}},
     }  # fmt: skip
     run = place / "run.partial" / "last"
@@ -234,7 +234,7 @@ def readers(place: Path) -> dict[str, tuple[list[bytes], Reader, tuple[type[Exce
                 (run / part).write_bytes(content)
             if sealed:
                 states.seal(run)
-            resume.recorded_words(place / "run")
+            partial.recorded_words(place / "run")
 
         return read
 

@@ -333,7 +333,7 @@ def test_full_disk(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     def write(path: Path, data: object) -> None:
         Path("/dev/full").write_text(json.dumps(data) * 1000)
 
-    monkeypatch.setattr(run_module, "_write_json", write)
+    monkeypatch.setattr(run_module, "write_json", write)
     _refused(capsys, _quantize(), "No space left on device", kept=True)
 
 

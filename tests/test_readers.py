@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import pickletools
 import re
 import struct
 import subprocess
@@ -93,6 +94,109 @@ def test_a_pickle_with_a_name_without_end(tmp_path: Path, modern: bool) -> None:
     else:
         (tmp_path / "w.pt").write_bytes(_with_long_name(stream.getvalue()))
     _refused(tmp_path / "w.pt", "it holds a name of 1000011 characters")
+
+
+def _saved(path: Path, content: bytes, *, modern: bool) -> None:
+    """A file of `torch.save` with another pickle of tensors."""
+    stream = io.BytesIO()
+    torch.save({"w": torch.zeros(2)}, stream, _use_new_zipfile_serialization=modern)
+    if not modern:
+        stream.seek(0)
+        ends = []
+        for _ in range(4):
+            list(pickletools.genops(stream))
+            ends.append(stream.tell())
+        data = stream.getvalue()
+        path.write_bytes(data[: ends[2]] + content + data[ends[3] :])
+        return
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(path, "w") as new:
+        for info in old.infolist():
+            new.writestr(info.filename, content if info.filename.endswith("data.pkl") else old.read(info))
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def _number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def _storage(key: str, elements: int) -> bytes:
+    """Pickle of a storage of torch's old format."""
+    return b"(" + _text("storage") + b"ctorch\nFloatStorage\n" + _text(key) + _text("cpu") + _number(elements) + b"NtQ"
+
+
+def _old_file(path: Path, storages: dict[str, int], listed: list[str], data: bytes) -> Path:
+    """torch's old format with one tensor per storage, and a list of those that are stored."""
+    stream = io.BytesIO()
+    torch.save({}, stream, _use_new_zipfile_serialization=False)
+    stream.seek(0)
+    for _ in range(3):
+        list(pickletools.genops(stream))
+    tensors = b"\x80\x02}"
+    for key, elements in storages.items():
+        rebuilt = b"ctorch._utils\n_rebuild_tensor_v2\n(" + _storage(key, elements) + _number(0)
+        rebuilt += _number(elements) + b"\x85" + _number(1) + b"\x85\x89ccollections\nOrderedDict\n)RtR"
+        tensors += _text(f"tensor {key}") + rebuilt + b"s"
+    keys = b"\x80\x02](" + b"".join(_text(key) for key in listed) + b"e."
+    path.write_bytes(stream.getvalue()[: stream.tell()] + tensors + b"." + keys + data)
+    return path
+
+
+def test_an_old_file_that_announces_more_than_it_stores(tmp_path: Path) -> None:
+    path, stored = tmp_path / "w.pt", struct.pack("<q2f", 2, 1.5, -2.0)
+    _old_file(path, {"1": 2}, ["1"], stored)
+    assert read_state_dict(path)["tensor 1"].tolist() == [1.5, -2.0]
+    # torch alone gives 512 MB of whatever was in that memory for the first of these.
+    _old_file(path, {"1": 1 << 27}, [], b"")
+    assert path.stat().st_size < 400
+    _refused(path, "its tensors announce 536870912 bytes; 0 are stored")
+    _refused(_old_file(path, {"1": 2, "2": 2}, ["1"], stored + bytes(8)), "announces tensors that are not stored")
+    _refused(_old_file(path, {"1": 2, "2": 1 << 27}, ["1", "2"], stored), "announce 536870920 bytes; 16 are stored")
+    _refused(_old_file(path, {"1": 2, "2": -2}, ["1", "2"], stored), "cannot be read as a weight file")
+    _refused(_old_file(path, {"1": 2, "2": 1}, ["1", "1"], stored * 2), "announces tensors that are not stored")
+
+
+@pytest.mark.parametrize("modern", [True, False])
+@pytest.mark.parametrize(
+    "called",
+    ["torch\nTensor", "torch\nFloatTensor", "torch.storage\nUntypedStorage", "builtins\nbytearray"],
+)
+def test_an_object_made_by_its_size_alone(tmp_path: Path, modern: bool, called: str) -> None:
+    # torch alone gives 512 MB for a file of 900 bytes.
+    function, size = b"c" + called.encode() + b"\n", _number(1 << 27) + b"\x85"
+    for make in (
+        function + size + b"R",
+        function + size + b"\x81",
+        function + b"q\x00h\x00" + size + b"R",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(" + function + b"ctorch\nTensor\n" + size + b"}tR",
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch._tensor\n_rebuild_from_type_v2\nctorch\nTensor\n("
+        + function + b"ctorch\nTensor\n" + size + b"}t}tR",
+    ):  # fmt: skip
+        _saved(tmp_path / "w.pt", b"\x80\x02}" + _text("w") + make + b"s.", modern=modern)
+        _refused(tmp_path / "w.pt", "was refused: it makes")
+
+
+def test_a_call_of_an_unknown_thing(tmp_path: Path) -> None:
+    _saved(tmp_path / "w.pt", b"\x80\x02}" + _text("w") + b"}" + _number(1 << 27) + b"\x85Rs.", modern=True)
+    _refused(tmp_path / "w.pt", "a call of something that has no name")
+
+
+def test_a_member_that_is_many_storages(tmp_path: Path) -> None:
+    # torch finds the members of an archive in any case of their letters, and reads one for each.
+    stream = io.BytesIO()
+    torch.save({"w": torch.zeros(1 << 16)}, stream)
+    storage = b"(" + _text("storage") + b"ctorch\nFloatStorage\n%s" + _text("cpu") + _number(1 << 16) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0) + _number(1 << 16) + b"\x85" + _number(1)
+    tensor += b"\x85\x89ccollections\nOrderedDict\n)RtRs"
+    content = b"".join(_text(key) + tensor % _text(key) for key in ("aa", "aA", "Aa", "AA"))
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(tmp_path / "w.pt", "w") as new:
+        for info in old.infolist():
+            name = info.filename.replace("data/0", "data/aa")
+            changed = b"\x80\x02}" + content + b"."
+            new.writestr(name, changed if name.endswith("data.pkl") else old.read(info))
+    _refused(tmp_path / "w.pt", r"its tensors announce 1048576 bytes; \d+ are stored")
 
 
 def _with_long_name(data: bytes) -> bytes:

@@ -22,6 +22,7 @@ from clusterq.precision import bfloat16_autocast
 from clusterq.processes import Processes
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.trace import evaluating
+from clusterq.restoring import load_optimizer, restoring, steps_done
 from clusterq.synthesis.stored import MetricLog, OnStep
 
 Progress = Callable[[int, int], None]
@@ -77,10 +78,12 @@ def finetune(
 
     Raises:
         DivergenceError: a loss became NaN or infinite; names the first step and term.
+        CheckpointError: `state` does not fit.
     """
     run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes)
     if state is not None:
-        run.load_state_dict(state)
+        with restoring():
+            run.load_state_dict(state)
 
     def report(done: int, total: int) -> None:
         if progress is not None:
@@ -200,10 +203,9 @@ class Finetuner:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.step = state["step"]
+        self.step = steps_done(state)
         self.student.load_state_dict(state["student"])
-        # The optimizer keeps the buffers it is given and changes them in place.
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        load_optimizer(self._optimizer, state["optimizer"])
         self._random.set_state(state["random"].cpu())
         self._log.restore(state["metrics"])
 
@@ -244,7 +246,7 @@ def random_crop_and_flip(images: Tensor, generator: torch.Generator, processes: 
     return padded[sample, torch.arange(channels, device=device).view(1, channels, 1, 1), lines, columns]
 
 
-def _optimizer(student: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
+def _optimizer(student: nn.Module, config: FinetuneConfig) -> torch.optim.Adam | torch.optim.SGD:
     steps: set[nn.Parameter] = set()
     for module in student.modules():
         if isinstance(module, (ActivationQuantizer, WeightQuantizer)):

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from clusterq.config import SynthesisConfig
 from clusterq.processes import Processes, SharedBatchNorm2d
+from clusterq.restoring import load_optimizer, steps_done
 from clusterq.synthesis.generator import build_generator
 from clusterq.synthesis.objective import SynthesisObjective
 from clusterq.synthesis.recipes import draw_recipes, initial_images, shifted
@@ -210,10 +211,9 @@ class GeneratorSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`; stored images are drawn anew by the next `fit`."""
-        self.step = state["step"]
+        self.step = steps_done(state)
         self.generator.load_state_dict(state["generator"])
-        # Adam keeps the moments it is given and changes them in place.
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        load_optimizer(self._optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         self._random.set_state(state["random"].cpu())
         self._log.restore(state["metrics"])
@@ -368,12 +368,12 @@ class BankSource:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.step = state["step"]
+        self.step = steps_done(state)
         self._shifts.set_state(state["shifts"].cpu())
         self.images().copy_(state["images"])
         self.labels().copy_(state["labels"])
         for optimizer, chunk, saved in zip(self._optimizers, self._chunks, state["optimizers"], strict=True):
-            optimizer.load_state_dict(_cut(saved, self.processes.rows(len(chunk))))
+            load_optimizer(optimizer, _cut(saved, chunk, self.processes.rows(len(chunk))))
         self.objective.load_state_dict(state["objective"])
         self._log.restore(state["metrics"])
 
@@ -390,10 +390,13 @@ class BankSource:
         return state
 
 
-def _cut(state: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """An optimizer's state for some rows of its one tensor; a copy, as Adam keeps and changes what it is given."""
-    moments = {
-        key: {name: value[rows] if value.dim() > 0 else value for name, value in entry.items()}
-        for key, entry in state["state"].items()
-    }
-    return copy.deepcopy({**state, "state": moments})
+def _cut(state: Mapping[str, Any], chunk: Tensor, rows: slice) -> dict[str, Any]:
+    """An optimizer's state for some rows of the chunk. Raises ValueError for the state of another chunk."""
+    entries = {key: dict(entry) for key, entry in state["state"].items()}
+    for moments in entries.values():
+        for name, value in moments.items():
+            if value.dim() > 0:
+                if value.shape != chunk.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}; wanted {tuple(chunk.shape)}")
+                moments[name] = value[rows].clone()
+    return {**state, "state": entries}

@@ -126,7 +126,13 @@ class MetricLog:
             self.flush()
 
     def restore(self, records: Sequence[Mapping[str, float]]) -> None:
-        """Continue from the records of an earlier run; what is pending is dropped."""
+        """Continue from the records of an earlier run; what is pending is dropped.
+
+        Raises:
+            ValueError: a value that is not a number.
+        """
+        if not all(type(value) in (int, float) for record in records for value in record.values()):
+            raise ValueError("a loss term that is not a number")
         self._pending = []
         self.records = [dict(record) for record in records]
 
