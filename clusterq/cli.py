@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options, shlex.join(["clusterq", *words]))
     except RunInterrupted as stop:
-        print(f"clusterq: {stop}", file=sys.stderr)
+        # Of several processes one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"clusterq: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt as stop:
         print(f"clusterq: interrupted, {getattr(stop, 'how_to_continue', 'nothing was written')}", file=sys.stderr)
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ClusterQError, ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if os.environ.get("CLUSTERQ_TRACEBACK") == "1":
             raise
+        if getattr(error, "told", False):
+            return 2
         kept = getattr(error, "how_to_continue", None)
         print(f"clusterq: error: {_sentence(error)}{f'; {kept}' if kept else ''}", file=sys.stderr)
         return 2
@@ -260,10 +264,20 @@ def _quantize(options: argparse.Namespace, command: str) -> int:
 
 def _carry_out(request: Any, options: argparse.Namespace) -> int:
     from clusterq import report
+    from clusterq.processes import Processes, joined
     from clusterq.run import run
 
-    with ConsoleProgress(quiet=options.quiet) as progress:
-        result = run(request, progress, lambda text: print(f"clusterq: {text}", file=sys.stderr))
+    with joined(request.device) as (group, device):
+        first = Processes(group).rank == 0
+        with ConsoleProgress(quiet=options.quiet or not first) as progress:
+            result = run(
+                replace(request, device=device),
+                progress,
+                lambda text: print(f"clusterq: {text}", file=sys.stderr) if first else None,
+                process_group=group,
+            )
+    if result is None:
+        return 0
     if options.json:
         print(json.dumps(result, indent=2))
     else:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from clusterq.errors import DataError, ModelError, require
 from clusterq.models import LoadedModel, file_sha256
+from clusterq.processes import Processes
 from clusterq.readers import BROKEN_ZIP, IMAGE_BYTES, decoded_image, read_array, read_labels, require_unpacked_size
 
 DIGITS_HELD_OUT = 500
@@ -72,10 +73,16 @@ class EvaluationSet(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._image(index), int(self.labels[index])
 
-    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images [n, C, H, W], labels [n]) in order, n <= batch_size, over the first `limit` images or all."""
+    def batches(
+        self, batch_size: int, limit: int | None = None, *, processes: Processes | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images [n, C, H, W], labels [n]) in order, n <= batch_size, over the first `limit` images or all.
+
+        Of several processes each gets every so many-th batch.
+        """
+        processes = processes or Processes()
         end = len(self) if limit is None else min(limit, len(self))
-        for start in range(0, end, batch_size):
+        for start in range(processes.rank * batch_size, end, processes.size * batch_size):
             stop = min(start + batch_size, end)
             yield torch.stack([self._image(i) for i in range(start, stop)]), self.labels[start:stop]
 
@@ -97,6 +104,7 @@ def evaluate(
     limit: int | None = None,
     device: torch.device | str | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    processes: Processes | None = None,
 ) -> EvaluationResult:
     """Top-1 and top-5 accuracy in evaluation mode, float32, without gradients. The training flag is restored.
 
@@ -106,6 +114,7 @@ def evaluate(
         batch_size, limit: of an `EvaluationSet`; a limit counts images from the start.
         device: where to run; default: where the model's first parameter lies.
         progress: called with images done and images in total (None when unknown) after each batch.
+        processes: that share the batches of an `EvaluationSet` and get the same result.
 
     Raises:
         DataError: no images, a label outside the network's classes, or another declared class count.
@@ -113,6 +122,7 @@ def evaluate(
     """
     from clusterq.nn.layers import quantized_weights_kept
 
+    processes = processes if processes is not None and isinstance(data, EvaluationSet) else Processes()
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; wanted at least 1 image")
     if device is None:
@@ -122,7 +132,7 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]] = data  # type: ignore[assignment]
     if isinstance(data, EvaluationSet):
         total = len(data) if limit is None else min(limit, len(data))
-        batches = data.batches(batch_size, limit)
+        batches = data.batches(batch_size, limit, processes=processes)
     count, hits1, hits5, classes = 0, 0, 0, 0
     training = model.training
     model.eval()
@@ -145,9 +155,14 @@ def evaluate(
                 hits5 += int(top.any(dim=1).sum())
                 count += len(labels)
                 if progress is not None:
-                    progress(count, total)
+                    done = count * processes.size
+                    progress(done if total is None else min(done, total), total)
     finally:
         model.train(training)
+    if processes.size > 1:
+        hits1, hits5, count = (int(n) for n in processes.add_(torch.tensor([hits1, hits5, count], device=device)))
+        # A process without a batch has not seen it.
+        classes = processes.agree(classes)
     if count == 0:
         raise DataError("there are no images to evaluate on")
     return EvaluationResult(100 * hits1 / count, 100 * hits5 / count if classes > 5 else None, count)

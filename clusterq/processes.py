@@ -6,15 +6,21 @@ many there are but for the order in which floating-point numbers are added.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clusterq.errors import ClusterQError
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_Value = TypeVar("_Value")
 
 
 class Processes:
@@ -110,6 +116,45 @@ class Processes:
         largest = torch.tensor(value, device=device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
         return int(largest)
+
+    def first(self, compute: Callable[[], _Value]) -> _Value:
+        """What `compute` gives in the first process, for all, or the error of a user or a file that it ends in there.
+
+        Values travel as pickles between processes that trust each other.
+        """
+        if self.size == 1:
+            return compute()
+        parcel: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                parcel[0] = compute()
+            except (ClusterQError, OSError) as error:
+                parcel[1] = error
+        dist.broadcast_object_list(parcel, group=self.group, group_src=0)
+        value, problem = parcel
+        if problem is not None:
+            problem.told = self.rank > 0
+            raise problem
+        return value  # type: ignore[no-any-return]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[tuple[ProcessGroup | None, str]]:
+    """The process group of a process that `torchrun` has started, and its device; (None, device) in any other.
+
+    gloo on CPUs and nccl on GPUs, of which each process takes that of its LOCAL_RANK.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield None, device
+        return
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+    try:
+        yield dist.group.WORLD, device
+    finally:
+        dist.destroy_process_group()
 
 
 class _Add(torch.autograd.Function):

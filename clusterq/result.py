@@ -35,6 +35,7 @@ def content(
     calibration_images: int,
     resumed: int,
     seconds: Mapping[str, float],
+    processes: int,
 ) -> dict[str, Any]:
     """The content of `result.json`.
 
@@ -49,6 +50,7 @@ def content(
         calibration_images: how many of them the ranges of the baselines were set on.
         resumed: how often the run was continued.
         seconds: by phase.
+        processes: that shared the run.
     """
     return {
         "format": FORMAT,
@@ -72,7 +74,7 @@ def content(
         "seconds": dict(seconds),
         "config": config.to_dict(),
         "versions": versions(),
-        "machine": {**machine(request.device), "device": request.device},
+        "machine": {**machine(request.device), "device": request.device, "processes": processes},
         "backends": kernels(request.device),
     }
 

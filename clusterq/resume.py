@@ -5,6 +5,9 @@ While `clusterq quantize` makes `runs/X`, `runs/X.partial` holds `last` and `pre
 (see `clusterq.states`): written beside their place, flushed, renamed, and compared with their SHA-256 before they are
 used. A process that is killed at any moment leaves `last` or `previous` whole. There is no `best`: without data nothing
 ranks the states of a run, and loss on synthetic images does not rank them by accuracy; the last step is the result.
+
+Of several processes the first reads and writes for all. They stay in step: which of them saves, or has got a signal, is
+agreed upon at every look.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -24,7 +29,8 @@ from typing import Any
 from clusterq.errors import CheckpointError, DivergenceError, OutputError, RunInterrupted
 from clusterq.folders import new_folder
 from clusterq.partial import Notify, difference, has_state, newest, partial_folder, require_state
-from clusterq.states import seal, write_state
+from clusterq.processes import Processes
+from clusterq.states import read_state, seal, write_state
 
 SAVE_EVERY = 60.0
 # Share of the time that saving may take: a state that takes a second is written every 100 seconds at most.
@@ -41,6 +47,7 @@ class Session:
         words: the command that begins the run, for `recorded_words`.
         how: what a user types to continue.
         notify: called with one sentence where a user should know something.
+        processes: that carry out the run; all make the same calls.
 
     Attributes:
         done: results of the parts of the run that are finished, by name.
@@ -49,9 +56,17 @@ class Session:
     """
 
     def __init__(
-        self, output: Path, *, every: float | None, words: list[str], how: str, notify: Notify | None = None
+        self,
+        output: Path,
+        *,
+        every: float | None,
+        words: list[str],
+        how: str,
+        notify: Notify | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.output = output
+        self.processes = processes or Processes()
         self.folder = partial_folder(output)
         self.every = every
         self.done: dict[str, Any] = {}
@@ -67,6 +82,7 @@ class Session:
         self._training: tuple[str, StateOf] | None = None
         self._begun = False
         self._next = 0.0
+        self._due = False
         self._lock: int | None = None
         self._signal = 0
         self._handlers: dict[int, Any] = {}
@@ -96,6 +112,21 @@ class Session:
         self._identity, self._environment, self._extra = dict(identity), dict(environment), extra
         if self.every is None:
             return
+        found = self.processes.first(lambda: self._take_up(resume=resume, overwrite=overwrite))
+        if found is not None:
+            self.done, self._folders, self._continued = found["done"], found["folders"], found["training"]
+            self.carried, self.resumed = found["extra"], found["resumed"] + 1
+        self._begun = self.writes
+        self._next = time.perf_counter() + self.every
+        self._catch_signals()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process whose files stay."""
+        return self.processes.rank == 0
+
+    def _take_up(self, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Make the folder this run's; the state to continue from."""
         found = has_state(self.folder)
         if found and not resume and not overwrite:
             raise OutputError(
@@ -104,23 +135,19 @@ class Session:
         if resume:
             require_state(self.folder)
         self._acquire()
-        if resume:
-            self._load()
-        elif found:
+        state = self._load() if resume else None
+        if found and not resume:
             self._discard()
             self._release()
             self._acquire()
         self._remove_remains()
-        self._begun = True
-        self._next = time.perf_counter() + self.every
-        self._catch_signals()
+        return state
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """The result of a part of the run: plain values, computed unless an earlier process has done so."""
         if name not in self.done:
             self.done[name] = compute()
-            self._save_if_due()
-        self.check()
+        self.look()
         return self.done[name]
 
     def keep(self, name: str, result: Any, write: Callable[[Path], None]) -> None:
@@ -128,17 +155,30 @@ class Session:
         self.done[name] = result
         self._training = self._continued = None
         if self.every is not None:
-            with new_folder(self.folder / name, overwrite=True) as folder:
+            with self.new_folder(self.folder / name, overwrite=True) as folder:
                 write(folder)
-                self._folders[name] = seal(folder)
-            # On a signal `check` saves: twice the same would leave `previous` no older than `last`.
-            if not self._signal:
-                self.save()
-        self.check()
+                if self.writes:
+                    self._folders[name] = seal(folder)
+            self._due = True
+        self.look()
+
+    @contextmanager
+    def new_folder(self, path: Path, *, overwrite: bool, keep: str | None = None) -> Iterator[Path]:
+        """`clusterq.folders.new_folder`; in a process whose files do not stay, one that vanishes."""
+        if self.writes:
+            with new_folder(path, overwrite=overwrite, keep=keep) as folder:
+                yield folder
+        else:
+            with tempfile.TemporaryDirectory() as name:
+                yield Path(name)
 
     def kept(self, name: str) -> Path:
-        """The sealed folder of a finished part, verified when the run was continued."""
+        """The sealed folder of a finished part, verified when the run was continued; the first process's."""
         return self.folder / name
+
+    def read_kept(self, name: str) -> Any:
+        """The state in the folder of a finished part."""
+        return self.processes.first(lambda: read_state(self.kept(name), verified=True))
 
     def state_of(self, name: str) -> dict[str, Any] | None:
         """State of a part that was interrupted in training, None when it was not."""
@@ -151,14 +191,26 @@ class Session:
         """To be called after every step of a part in training; saves when it is time, and ends the run on a signal."""
         self._training = (name, state)
         self._continued = None
-        self._save_if_due()
-        self.check()
+        self.look()
 
-    def check(self) -> None:
-        """Raises RunInterrupted, with everything saved, when a signal asked for it."""
-        if self._signal and self.every is not None:
+    def look(self) -> None:
+        """Saves when it is time. Raises RunInterrupted, with everything saved, when a signal asked for it."""
+        if self.every is None:
+            return
+        self._due = self._due or time.perf_counter() >= self._next
+        # Signals have larger numbers than 1, and the first process's clock counts: part of a state is exchanged.
+        agreed = self.processes.agree(self._signal or int(self._due and self.writes))
+        if agreed > 1:
+            self._signal = agreed
+        if agreed:
             self.save()
+        if self._signal:
             raise RunInterrupted(f"interrupted, everything is saved; {self.how_to_continue()}", self._signal)
+
+    def look_alone(self) -> None:
+        """`look` where processes are not in step; of several processes none does anything."""
+        if self.processes.size == 1:
+            self.look()
 
     def how_to_continue(self) -> str:
         """One clause for a message."""
@@ -175,11 +227,13 @@ class Session:
             "done": self.done, "folders": self._folders, "training": training, "resumed": self.resumed,
             "extra": self._extra(),
         }  # fmt: skip
-        with new_folder(self.folder / "last", overwrite=True, keep="previous") as folder:
-            write_state(folder, state)
-            seal(folder)
+        if self.writes:
+            with new_folder(self.folder / "last", overwrite=True, keep="previous") as folder:
+                write_state(folder, state)
+                seal(folder)
         end = time.perf_counter()
         assert self.every is not None
+        self._due = False
         self._next = end + max(self.every, (end - begin) / _COST_SHARE)
 
     def finish(self) -> None:
@@ -214,12 +268,7 @@ class Session:
         elif error is not None and not isinstance(error, (RunInterrupted, CheckpointError)):
             error.how_to_continue = self.how_to_continue()  # type: ignore[attr-defined]
 
-    def _save_if_due(self) -> None:
-        # As in `keep`.
-        if self.every is not None and not self._signal and time.perf_counter() >= self._next:
-            self.save()
-
-    def _load(self) -> None:
+    def _load(self) -> dict[str, Any]:
         state, name = newest(self.folder, self._notify)
         differs = difference(state["identity"], self._identity)
         if differs:
@@ -229,8 +278,7 @@ class Session:
             self._notify(f"{changed}: the result can differ in its last bits from that of a run in one go")
         if name != "last":
             self._remove_damaged()
-        self.done, self._folders, self._continued = state["done"], state["folders"], state["training"]
-        self.carried, self.resumed = state["extra"], state["resumed"] + 1
+        return state
 
     def _remove_damaged(self) -> None:
         # The next save would move it to the place of `previous`, which alone is whole.

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from clusterq import bank, checkpoint, figures, qat, report, states
 from clusterq.config import QuantizationConfig, WeightRange
 from clusterq.data import evaluate, open_for
-from clusterq.folders import check_writable, new_folder
+from clusterq.folders import check_writable
 from clusterq.method import ClusterQ
 from clusterq.models import file_sha256, load_model, runs_code
 from clusterq.partial import Notify, command_to_continue
 from clusterq.precision import autocasts
+from clusterq.processes import Processes
 from clusterq.readers import write_images
 from clusterq.request import RunRequest
 from clusterq.result import BASELINES, content, data_facts, end_bits, kernels, write_json
@@ -35,6 +36,9 @@ from clusterq.synthesis import GeneratorSource, StoredImages, project_statistics
 from clusterq.synthesis.stored import subset
 from clusterq.versions import environment
 from clusterq.widths import Width
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _PLOTTED_IMAGES = 512
 
@@ -48,6 +52,7 @@ class _Run:
         self.request = request
         self.progress = progress
         self.session = session
+        self.processes = session.processes
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self._running: dict[str, float] = {}
@@ -73,6 +78,7 @@ class _Run:
                 device=request.device,
                 progress=False if progress is None else progress,
                 after_step=lambda phase, state: session.after_step(self._part, state),
+                process_group=self.processes.group,
             )
             if request.images is not None:
                 images = bank.open_images(request.images, self.loaded, any_network=request.any_network)
@@ -122,6 +128,7 @@ class _Run:
         autocast = {name: getattr(config, name).autocast for name in ("synthesis", "finetune")}
         return {
             **environment(device),
+            "processes": self.processes.size,
             "autocast": {name: autocasts(torch.device(device), value) for name, value in autocast.items()},
             "kernels": kernels(device),
         }
@@ -146,7 +153,7 @@ class _Run:
         def progress(done: int, total: int | None) -> None:
             if call is not None:
                 call(f"evaluate {label}", done, total)
-            self.session.check()
+            self.session.look_alone()
 
         with self.timed("evaluation"):
             result = evaluate(
@@ -156,6 +163,7 @@ class _Run:
                 limit=self.request.limit,
                 device=self.request.device,
                 progress=progress,
+                processes=self.processes,
             )
         return {"top1": result.top1, "top5": result.top5}
 
@@ -163,8 +171,7 @@ class _Run:
         session, source = self.session, self.method.source
         with self.timed("synthesis"):
             if source is None and "synthesis" in session.done:
-                kept = states.read_state(session.kept("synthesis"), verified=True)
-                source = self.method.synthesize(state=kept)
+                source = self.method.synthesize(state=session.read_kept("synthesis"))
             elif source is None:
                 made = self.method.synthesize(state=session.state_of("synthesis"))
                 assert not isinstance(made, StoredImages)
@@ -187,10 +194,10 @@ class _Run:
             self.session.keep(part, self._make_width(width, target), functools.partial(self._keep_width, target))
         else:
             target.mkdir(parents=True)
-            kept = self.session.kept(part)
-            _copy_checkpoint(kept, target)
+            if self.session.writes:
+                _copy_checkpoint(self.session.kept(part), target)
             if self.method.streaming:
-                self._generator.load_state_dict(states.read_state(kept, verified=True))
+                self._generator.load_state_dict(self.session.read_kept(part))
         done = self.session.done[part]
         self.metrics += done["metrics"]
         if done["synthesis"]:
@@ -280,22 +287,30 @@ class _Run:
         return points
 
 
-def run(request: RunRequest, progress: Progress | None = None, notify: Notify | None = None) -> dict[str, Any]:
+def run(
+    request: RunRequest,
+    progress: Progress | None = None,
+    notify: Notify | None = None,
+    *,
+    process_group: ProcessGroup | None = None,
+) -> dict[str, Any] | None:
     """Carry out a request and write its run folder.
 
     Args:
         request: what to do.
         progress: called with (phase, done, total or None).
         notify: called with one sentence where a user should know something.
+        process_group: of `torch.distributed`; its processes share the run, and all of them make this call.
 
     Returns:
-        The content of `result.json`.
+        The content of `result.json`; None in all processes but the first, which writes the folder.
 
     Raises:
         ClusterQError: see `clusterq.errors`; nothing is left behind but, with `save_every`, the state to continue from.
         RunInterrupted: SIGINT or SIGTERM; the state is saved.
     """
-    check_writable(request.output, overwrite=request.overwrite)
+    processes = Processes(process_group)
+    processes.first(lambda: check_writable(request.output, overwrite=request.overwrite))
     how = command_to_continue(request.output, trust=runs_code(request.model), overwrite=request.overwrite)
     session = Session(
         request.output,
@@ -303,6 +318,7 @@ def run(request: RunRequest, progress: Progress | None = None, notify: Notify | 
         words=list(request.words),
         how=how,
         notify=notify or (lambda text: None),
+        processes=processes,
     )
     with session:
         state = _Run(request, progress, session)
@@ -312,9 +328,9 @@ def run(request: RunRequest, progress: Progress | None = None, notify: Notify | 
     return result
 
 
-def _carry_out(state: _Run) -> dict[str, Any]:
+def _carry_out(state: _Run) -> dict[str, Any] | None:
     request, session = state.request, state.session
-    with new_folder(request.output, overwrite=request.overwrite) as folder:
+    with session.new_folder(request.output, overwrite=request.overwrite) as folder:
         full = session.once("float", lambda: state.measure(state.loaded.model, "FP32"))
         images, labels = state.make_images()
         source = state.method.source
@@ -325,6 +341,10 @@ def _carry_out(state: _Run) -> dict[str, Any]:
             # As training has left the generator.
             assert source is not None
             images, labels = source.images().detach(), source.labels()
+        if not session.writes:
+            return None
+        # What follows concerns this process alone: the others have ended.
+        session.processes = Processes()
         result = content(
             request,
             state.loaded,
@@ -336,11 +356,12 @@ def _carry_out(state: _Run) -> dict[str, Any]:
             calibration_images=len(state.calibration_images),
             resumed=session.resumed,
             seconds=state.seconds,
+            processes=state.processes.size,
         )
         if request.save_images:
             write_images(folder / "images.safetensors", images, labels)
         with state.timed("report"):
-            session.check()
+            session.look()
             pictures = figures.draw(
                 folder,
                 result,
@@ -355,7 +376,7 @@ def _carry_out(state: _Run) -> dict[str, Any]:
             file.writelines(json.dumps(line) + "\n" for line in state.metrics)
         report.write_html(folder / "report.html", result, pictures)
         # The last moment at which a signal ends the run: it is complete after that.
-        session.check()
+        session.look()
     return result
 
 
