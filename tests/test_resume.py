@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from resume_cases import FAST, at_step, interrupt, same, students
 
 from clusterq import figures, partial, resume, states
