@@ -140,6 +140,8 @@ def _wrong_done(state: Mapping[str, Any]) -> str | None:
     measured = state["identity"].get("data") is not None
     for name, result in state["done"].items():
         wrong = None
+        if not isinstance(name, str):
+            return "done"
         if _PARTS.fullmatch(name) is None:
             wrong = "" if _is_accuracy(result, measured=measured) else "top1"
         elif name not in state["folders"]:

@@ -116,7 +116,7 @@ def _follow(file: IO[bytes], storages: dict[Any, int], name: str, failure: Failu
     Raises:
         failure: a very long text, as torch looks for names in its own error message by a regular expression that takes
             the square of their length, or an object made by its size alone.
-        pickle.UnpicklingError: an instruction that torch's reader does not know.
+        pickle.UnpicklingError: an instruction or a call that torch's reader does not know.
         One of `_BROKEN_PICKLE`: damaged.
     """
     stack: list[Any] = []
@@ -180,9 +180,12 @@ def _follow(file: IO[bytes], storages: dict[Any, int], name: str, failure: Failu
 
 
 def _require_harmless(function: Any, arguments: Any, name: str, failure: Failure) -> None:
-    """Raises `failure` for a call of a class whose objects have the size that they are given, and of unknown ones."""
+    """Raises `failure` for a call of a class whose objects have the size that they are given.
+
+    Of something that is not a class or a function by its name, UnpicklingError: torch's reader refuses it too.
+    """
     if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-        raise ValueError("a call of something that has no name")
+        raise pickle.UnpicklingError("a call of something that has no name")
     called = function
     if function.endswith("._rebuild_from_type_v2"):
         # It calls what it is given.

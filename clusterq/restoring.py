@@ -43,16 +43,28 @@ def load_optimizer(optimizer: torch.optim.Adam | torch.optim.SGD, state: Mapping
     Raises:
         ValueError: other settings than the optimizer's, or buffers of other names or shapes than it makes.
     """
-    own = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(own, state["param_groups"], strict=True):
+    own, groups = optimizer.state_dict()["param_groups"], state["param_groups"]
+    if not isinstance(groups, list) or not isinstance(state["state"], dict):
+        raise ValueError("the optimizer has other parts")
+    for group, saved in zip(own, groups, strict=True):
         # The learning rate has a course.
         if {**group, "lr": 0} != {**saved, "lr": 0} or type(saved["lr"]) is not type(group["lr"]):
             raise ValueError("the optimizer has other settings")
+    if not all(isinstance(buffers, dict) for buffers in state["state"].values()):
+        raise ValueError("the optimizer has other buffers")
     optimizer.load_state_dict(copy.deepcopy(dict(state)))
-    buffers = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.Adam) else ("momentum_buffer",)
-    for parameter, kept in optimizer.state.items():
-        # Without momentum SGD keeps None.
-        shapes = {name: None if value is None else value.shape for name, value in kept.items()}
-        wanted = {name: torch.Size() if name == "step" else parameter.shape for name in buffers}
-        if set(shapes) != set(wanted) or any(shapes[name] not in (None, wanted[name]) for name in buffers):
-            raise ValueError("the optimizer has other buffers")
+    adam = isinstance(optimizer, torch.optim.Adam)
+    names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+    for group in optimizer.param_groups:
+        # SGD without momentum keeps None.
+        without = not adam and group["momentum"] == 0
+        for parameter in group["params"] if optimizer.state else ():
+            if not adam and not optimizer.state.get(parameter):
+                # Of a parameter without gradients. SGD takes buffers of all parameters of a group or of none.
+                optimizer.state[parameter]["momentum_buffer"] = None if without else torch.zeros_like(parameter)
+            buffers = optimizer.state.get(parameter, {})
+            shapes = {name: None if value is None else value.shape for name, value in buffers.items()}
+            shape = None if without else parameter.shape
+            wanted = {name: torch.Size() if name == "step" else shape for name in names}
+            if shapes != wanted and shapes:
+                raise ValueError("the optimizer has other buffers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clusterq.data import EvaluationSet, check_fits, digits, evaluate, open_data
+from clusterq.data import EvaluationSet, check_fits, content_sha256, digits, evaluate, open_data
 from clusterq.errors import DataError, ModelError
 
 INPUT = {"input_shape": (3, 4, 4), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.4)}
@@ -336,3 +337,28 @@ def test_digits_need_a_network_of_their_size() -> None:
     pytest.importorskip("sklearn")
     with pytest.raises(DataError, match=r"digits: images are \[1, 16, 16\]; the network takes \[3, 4, 4\]"):
         open_data("digits", **INPUT)  # type: ignore[arg-type]
+
+
+def test_content_of_a_set_is_names_and_bytes_of_what_is_read(tmp_path: Path) -> None:
+    assert content_sha256("digits") is None and content_sha256(f"cifar10:{tmp_path}") is None
+    folder = tmp_path / "set"
+    (folder / "cat").mkdir(parents=True)
+    (folder / "cat" / "a.png").write_bytes(b"1")
+    (folder / "cat" / "b.png").write_bytes(b"2")
+    digests = [content_sha256(str(folder))]
+    (folder / "cat" / "b.png").write_bytes(b"3")
+    digests.append(content_sha256(str(folder)))
+    (folder / "cat" / "b.png").rename(folder / "cat" / "c.png")
+    digests.append(content_sha256(str(folder)))
+    (folder / "images.zip").write_bytes(b"4")
+    digests.append(content_sha256(str(folder)))
+    # From here on it is an archive, and nothing else in the folder is read.
+    (folder / "labels.csv").write_bytes(b"5")
+    digests.append(content_sha256(str(folder)))
+    (folder / "labels.csv").write_bytes(b"6")
+    digests.append(content_sha256(str(folder)))
+    assert len(set(digests)) == len(digests) and None not in digests
+    (folder / "cat" / "a.png").unlink()
+    assert content_sha256(str(folder)) == digests[-1]
+    (tmp_path / "set.npz").write_bytes(b"abc")
+    assert content_sha256(str(tmp_path / "set.npz")) == hashlib.sha256(b"abc").hexdigest()

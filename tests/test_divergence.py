@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from clusterq.config import ClusterQConfig, FinetuneConfig, SynthesisConfig
+from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, SynthesisConfig
 from clusterq.divergence import first_nonfinite
 from clusterq.errors import DivergenceError
 from clusterq.method import ClusterQ
 from clusterq.networks import DigitsConvNet
+from clusterq.qat import calibrate, prepare
 
 
 def _network() -> nn.Sequential:
@@ -49,5 +50,47 @@ def test_a_diverging_student_names_its_layer() -> None:
 def test_diverging_images_are_named() -> None:
     synthesis = SynthesisConfig(num_images=16, batch_size=16, image_steps=30, image_lr=1e30, bns_weight=1e30)
     config = replace(ClusterQConfig(), synthesis=synthesis)
-    with pytest.raises(DivergenceError, match=r"image synthesis diverged: the loss term .*; "):
+    place = "the images themselves are NaN or infinite"
+    with pytest.raises(DivergenceError, match=rf"image synthesis diverged: the loss term .*; lower .*; {place}$"):
+        ClusterQ(DigitsConvNet(), config, input_shape=(1, 16, 16)).synthesize()
+
+
+def test_weights_of_layers_with_layers_in_them_and_what_comes_between_layers() -> None:
+    images = torch.randn(2, 3, 8, 8)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    student = prepare(network, QuantizationConfig(), example_input=images).eval()
+    calibrate(student, images, QuantizationConfig())
+    assert any(student.get_submodule("3").children())
+    with torch.no_grad():
+        student.get_submodule("3").weight[0, 0] = torch.inf
+    assert first_nonfinite(student, images) == "the first NaN or infinity is in weight of layer 3"
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.second(self.first(x) / 0)
+            return out
+
+    assert first_nonfinite(Between(), images) == "the first NaN or infinity is in the input of layer second"
+
+    class Last(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / 0
+
+    found = first_nonfinite(nn.Sequential(nn.Identity(), Last()), images)
+    assert found == "the first NaN or infinity is in the output of layer 1"
+    assert first_nonfinite(Last(), images) == "the first NaN or infinity is in the output of the network"
+
+
+def test_a_network_that_fails_while_the_place_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(network: nn.Module, images: torch.Tensor) -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("clusterq.method.first_nonfinite", fail)
+    synthesis = SynthesisConfig(num_images=16, batch_size=16, image_steps=30, image_lr=1e30, bns_weight=1e30)
+    config = replace(ClusterQConfig(), synthesis=synthesis)
+    with pytest.raises(DivergenceError, match=r"image synthesis diverged: the loss term .*; lower .* learning rate$"):
         ClusterQ(DigitsConvNet(), config, input_shape=(1, 16, 16)).synthesize()

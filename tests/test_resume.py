@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 from resume_cases import FAST, at_step, interrupt, same, students
 
 from clusterq import figures, partial, resume, states
@@ -340,7 +342,7 @@ def test_saving_takes_one_percent_at_most(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(times) == 5
 
 
-def test_killed_at_random_moments_the_student_is_thesame() -> None:
+def test_killed_at_random_moments_the_student_is_the_same() -> None:
     # Not about power: flushing to a disk only takes time here.
     memory = Path("/dev/shm")
     folder = Path(memory if os.access(memory, os.W_OK) else ".", f"clusterq-kills-{os.getpid()}").absolute()
