@@ -59,6 +59,8 @@ class ActivationQuantizer(nn.Module):
     Input and output: any shape, float32, bfloat16, float16 or float64. A quantizer that was not calibrated calibrates
     itself on the first training batch it sees (min/max); forward raises RuntimeError where there is no range to use.
 
+    `process_group` (None): processes of `torch.distributed` over whose batches a moving range is taken together.
+
     State: `observations` (int64 []) counts range updates, 0 meaning none. Modes learned and fixed hold `scale` (float32
     [1]) and `zero_point` (int32 [1]), mode ema `running_min` and `running_max` (float32 [1]).
     """
