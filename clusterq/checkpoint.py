@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from clusterq import readers
 from clusterq.config import ClusterQConfig
 from clusterq.errors import CheckpointError, require
 from clusterq.folders import new_folder
 from clusterq.models import Source, build_model, file_sha256, output_classes
-from clusterq.readers import read_json, read_safetensors
+from clusterq.readers import read_safetensors
 
 if TYPE_CHECKING:
     from clusterq.method import Result
@@ -153,13 +154,8 @@ def read_record(path: str | Path) -> CheckpointRecord:
     file = Path(path) / RECORD
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {RECORD}")
-    data = read_json(file, CheckpointError)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not the record of a checkpoint")
-    if data.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has checkpoint format {data.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
+    what = "the record of a checkpoint"
+    data = readers.read_record(file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what=what)
     try:
         channels, height, width = (int(v) for v in data["input_shape"])
         if min(channels, height, width) < 1 or channels * height * width > _MAX_PIXELS:

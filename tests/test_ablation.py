@@ -19,7 +19,8 @@ from torch import nn
 import clusterq
 from clusterq.ablation import cells
 from clusterq.ablation import run as run_module
-from clusterq.ablation.results import mean_and_spread, read_results
+from clusterq.ablation.results import read_results
+from clusterq.ablation.rows import mean_and_spread
 from clusterq.cli import main
 from clusterq.data import EvaluationSet
 from clusterq.synthesis import Teacher
