@@ -278,8 +278,12 @@ def _of_banks_and_ablations(place: Path, file: Callable[[str, Callable[[Path], A
         bank.last_settings(found)
 
     toml = [path.read_bytes() for path in sorted([*root.glob("examples/*.toml"), *root.glob("bench/ablations/*.toml")])]
-    yml = b'base: {model: "builtin:digits", data: digits, mean: [0], std: [1], evaluate: {choose: "0:2", report: "2:4"}}'
-    yml += b"\nrow:\n  - {name: a, settings: {finetune: {steps: 3}}, bits: [W3A3]}\n  - {name: b, images: data:0:2}\n"
+    yml = b"""
+base: {model: "builtin:digits", data: digits, mean: [0], std: [1], evaluate: {choose: "0:2", report: "2:4"}}
+row:
+  - {name: a, settings: {finetune: {steps: 3}}, bits: [W3A3]}
+  - {name: b, images: data:0:2}
+"""
     results = (root / "bench" / "results" / "ablations" / "digits.json").read_bytes()
     whole = json.loads(results)
     cell = {"format": cells.FORMAT, "format_version": cells.FORMAT_VERSION, **whole["rows"][0]["cells"][0]}
