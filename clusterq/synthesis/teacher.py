@@ -114,7 +114,9 @@ class Teacher:
         if labels.dtype != torch.int64:
             raise ValueError(f"labels has dtype {labels.dtype}; wanted torch.int64")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"labels has shape {tuple(labels.shape)}; wanted one for each of the {len(images)} images")
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; wanted one label for each of the {len(images)} images"
+            )
         low, high = int(labels.min()), int(labels.max())
         if not 0 <= low <= high < self.num_classes:
             raise ValueError(f"labels range from {low} to {high}; wanted 0 to {self.num_classes - 1}")
