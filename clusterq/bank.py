@@ -8,7 +8,6 @@ terms, seconds and versions) and `images.png`, a contact sheet. It appears whole
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,24 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clusterq import figures
+from clusterq import figures, readers
 from clusterq.config import ClusterQConfig, SynthesisConfig
 from clusterq.errors import DataError, MissingPackageError
 from clusterq.folders import check_writable, new_folder
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, file_sha256
-from clusterq.readers import read_images, read_json, write_images
+from clusterq.models import DIGITS_WEIGHTS, LoadedModel, file_sha256
+from clusterq.readers import read_images, write_images
+from clusterq.records import NUMBER, TEXT_OR_NONE, first_wrong
+from clusterq.synthesis import StoredImages
 from clusterq.versions import machine, now, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-bank", 1
 IMAGES, RECORD, SHEET = "images.safetensors", "bank.json", "images.png"
 # Of the record and of each of its parts: what other code relies on.
 _FIELDS: dict[str, Any] = {
-    "network.tensors_sha256": str, "network.model": str, "images.sha256": str, "label_accuracy": (int, float),
-    "parts": list,
+    "network.tensors_sha256": str, "network.model": str, "network.weights": TEXT_OR_NONE, "network.input_shape": [int],
+    "network.mean": [NUMBER], "network.std": [NUMBER], "images.sha256": str, "images.count": int,
+    "label_accuracy": NUMBER, "parts": list,
 }  # fmt: skip
 _PART_FIELDS: dict[str, Any] = {
-    "count": int, "seed": int, "settings": dict, "preset": str, "label_accuracy": (int, float), "seconds": (int, float),
+    "count": int, "seed": int, "settings": dict, "preset": str, "label_accuracy": NUMBER, "seconds": NUMBER,
     "samples_seen": int, "command": str,
 }  # fmt: skip
 # Loss terms are told as averages over so large a part of the steps, at the start and at the end.
@@ -98,24 +100,23 @@ def make_part(
         device=device,
         progress=False if progress is None else progress,
     )
-    start = time.perf_counter()
     source = method.synthesize()
-    seconds = time.perf_counter() - start
+    # Neither streams, see `settings_for_bank`, nor is made of stored images.
+    assert method.label_accuracy is not None and not isinstance(source, StoredImages)
     images, labels = source.images().detach().cpu(), source.labels().cpu()
-    steps: Sequence[Mapping[str, float]] = getattr(source, "metrics", [])
     part = {
         "seed": config.seed,
         "count": len(images),
         "settings": asdict(config.synthesis),
         "preset": config.preset,
-        "label_accuracy": 100 * method.teacher.label_accuracy(images, labels),
-        "terms": _terms(steps),
+        "label_accuracy": 100 * method.label_accuracy,
+        "terms": _terms(source.metrics),
         "samples_seen": method.samples_synthesised(),
-        "seconds": seconds,
+        "seconds": method.seconds["synthesis"],
         "command": command,
         "created": now(),
         "versions": versions(),
-        "machine": {**machine(), "device": device},
+        "machine": {**machine(device), "device": device},
     }
     return images, labels, part
 
@@ -159,12 +160,14 @@ def extend(
         device, command, progress: see `make_part`.
 
     Raises:
-        DataError: not a bank, a damaged one, or one of another network.
+        DataError: not a bank, a damaged one, one of another network, or one whose images have another size or
+            normalisation than the network is loaded for.
         ValueError: the seed is in use: the same seed makes the same images.
         OutputError: the folder cannot be written.
     """
     bank = read(folder)
     require_network(folder, bank.record, loaded)
+    _require_input(folder, bank.record, loaded)
     if config.seed in bank.seeds:
         raise ValueError(f"--seed {config.seed}: a part of {folder} has this seed; the same images would come twice")
     check_writable(folder, overwrite=True)
@@ -210,30 +213,32 @@ def read(folder: Path) -> Bank:
         DataError: not a bank, an unknown format version, images that are not those of the record, or a field of the
             record that is absent or malformed.
     """
-    file = folder / RECORD
-    if not file.is_file():
-        raise DataError(f"{folder} is not a bank of images: it has no {RECORD}")
-    record = read_json(file, DataError)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise DataError(f"{file} is not the record of a bank")
-    if record.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{folder} has bank format {record.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
-    wrong = next((name for name, kind in _FIELDS.items() if not _holds(record, name, kind)), None)
-    if wrong is None and not record["parts"]:
-        wrong = "parts"
-    for part in [] if wrong else record["parts"]:
-        wrong = wrong or next((name for name, kind in _PART_FIELDS.items() if not _holds(part, name, kind)), None)
-    if wrong is not None:
-        raise DataError(f"{file} is damaged: {wrong} is absent or of another type than it should be")
+    record = read_record(folder)
     digest = record["images"]["sha256"]
     if not (folder / IMAGES).is_file() or file_sha256(folder / IMAGES) != digest:
         raise DataError(f"{folder / IMAGES} is absent or damaged: its SHA-256 is not the one in {RECORD}")
     images, labels = read_images(folder / IMAGES)
     if sum(part["count"] for part in record["parts"]) != len(images):
-        raise DataError(f"{file} is damaged: its parts do not add up to the {len(images)} images")
+        raise DataError(f"{folder / RECORD} is damaged: its parts do not add up to the {len(images)} images")
+    if list(images.shape[1:]) != record["network"]["input_shape"]:
+        raise DataError(f"{folder / RECORD} is damaged: network.input_shape is not that of its images")
     return Bank(images, labels, record)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a bank's folder says of it, without a look at its images. Raises DataError as `read`."""
+    file = folder / RECORD
+    if not file.is_file():
+        raise DataError(f"{folder} is not a bank of images: it has no {RECORD}")
+    record = readers.read_record(file, DataError, format=FORMAT, version=FORMAT_VERSION, what="the record of a bank")
+    wrong = first_wrong(record, _FIELDS)
+    if wrong is None and not record["parts"]:
+        wrong = "parts"
+    for part in [] if wrong else record["parts"]:
+        wrong = wrong or first_wrong(part, _PART_FIELDS)
+    if wrong is not None:
+        raise DataError(f"{file} is damaged: {wrong} is absent or of another type than it should be")
+    return record
 
 
 def open_images(path: Path, loaded: LoadedModel, *, any_network: bool = False) -> tuple[Tensor, Tensor]:
@@ -274,6 +279,24 @@ def require_network(folder: Path, record: Mapping[str, Any], loaded: LoadedModel
         )
 
 
+def _require_input(folder: Path, record: Mapping[str, Any], loaded: LoadedModel) -> None:
+    """Raises DataError where a bank's images have another size or normalisation than those of the network's input."""
+    made, here = record["network"], loaded.facts()
+    for name, options in (("input_shape", "--input-size"), ("mean", "--mean and --std"), ("std", "--mean and --std")):
+        if made[name] != here[name]:
+            raise DataError(
+                f"{folder} was made with {name} {made[name]}; the network is loaded with {here[name]}: give {options} "
+                "as for the bank"
+            )
+
+
+def recorded_weights(network: Mapping[str, Any]) -> str | None:
+    """For `load_model`, from a record's `network`: a library's own name, or a file's, which may lie elsewhere now."""
+    own = network["model"] == "builtin:digits" and network["weights"] == DIGITS_WEIGHTS.name
+    weights: str | None = None if own else network["weights"]
+    return weights
+
+
 def last_settings(bank: Bank) -> SynthesisConfig:
     """Settings of the newest part. Raises DataError for a setting that this version does not know."""
     settings = bank.record["parts"][-1]["settings"]
@@ -281,16 +304,6 @@ def last_settings(bank: Bank) -> SynthesisConfig:
         return ClusterQConfig.from_dict({"synthesis": settings}).synthesis
     except ValueError as error:
         raise DataError(f"the bank's own settings cannot be used: {error}") from error
-
-
-def _holds(data: Any, name: str, kind: Any) -> bool:
-    """Whether nested dictionaries hold a value of a kind under a dotted name."""
-    for key in name.split("."):
-        if not isinstance(data, dict) or key not in data:
-            return False
-        data = data[key]
-    # bool is an int to Python.
-    return isinstance(data, kind) and not isinstance(data, bool)
 
 
 def _terms(steps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:

@@ -88,10 +88,7 @@ def inspect_images(
     Raises:
         ValueError: no images, images of another shape, or labels that do not fit the network.
     """
-    if tuple(images.shape[1:]) != teacher.input_shape or len(images) == 0:
-        raise ValueError(f"images has shape {tuple(images.shape)}; wanted [N, {teacher.input_shape}] with N >= 1")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < teacher.num_classes:
-        raise ValueError(f"labels range from {labels.min()} to {labels.max()}; wanted 0 to {teacher.num_classes - 1}")
+    teacher.require_fit(images, labels)
     outputs = [teacher(part.to(teacher.device, teacher.dtype)) for part in torch.split(images, batch_size)]
     chances = torch.cat([output.logits.double().softmax(1) for output in outputs]).cpu()
     own = torch.cat([output.mean for output in outputs]).double().cpu()

@@ -154,9 +154,8 @@ def read_record(path: str | Path) -> CheckpointRecord:
     file = Path(path) / RECORD
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {RECORD}")
-    data = readers.read_record(
-        file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what="the record of a checkpoint"
-    )
+    what = "the record of a checkpoint"
+    data = readers.read_record(file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what=what)
     try:
         channels, height, width = (int(v) for v in data["input_shape"])
         if min(channels, height, width) < 1 or channels * height * width > _MAX_PIXELS:

@@ -121,7 +121,7 @@ def _add_quantize(commands: Any) -> None:
         epilog="settings for --set, with the values of preset default:\n  "
         + "\n  ".join(describe_settings(preset("default"))),
     )
-    add_model(quantize, required=False, data_required=False)
+    add_model(quantize, data_required=False)
     quantize.add_argument("--output", type=Path, help="run folder to make (default: runs/MODEL-BITS)")
     quantize.add_argument("--overwrite", action="store_true", help="replace the run folder when it exists")
     quantize.add_argument(
@@ -154,7 +154,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument(
         "checkpoint", nargs="?", type=Path, help="folder RUN/checkpoints/W4A4 or a packed one; without it: --model"
     )
-    add_model(evaluate, required=False)
+    add_model(evaluate)
     add_trust(evaluate)
     add_common(evaluate)
 

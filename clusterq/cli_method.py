@@ -10,7 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clusterq.cli_options import PRESETS, add_command, add_machine, add_model, input_of, machine_of, require_positive
+from clusterq.cli_options import (
+    PRESETS,
+    add_command,
+    add_machine,
+    add_model,
+    input_of,
+    machine_of,
+    refuse,
+    require_positive,
+)
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import DataError
 from clusterq.progress import ConsoleProgress
@@ -26,18 +35,22 @@ def add_commands(commands: Any) -> None:
 def _add_synthesize(commands: Any) -> None:
     summary = "make, extend or inspect a bank of images without quantizing; `quantize --images BANK` uses it"
     synthesize = add_command(commands, "synthesize", _synthesize, summary)
-    add_model(synthesize, required=False, data=False)
+    add_model(synthesize, data=False)
     synthesize.add_argument("--output", type=Path, metavar="BANK", help="folder to make (default: runs/MODEL-bank)")
     synthesize.add_argument("--overwrite", action="store_true", help="replace the folder when it exists")
     which = synthesize.add_mutually_exclusive_group()
     which.add_argument(
-        "--extend", type=Path, metavar="BANK", help="add images with the bank's settings and its next seed"
+        "--extend",
+        type=Path,
+        metavar="BANK",
+        help="add images with the bank's settings and its next seed; --model and its options as for the bank",
     )
     which.add_argument(
         "--inspect",
         type=Path,
         metavar="BANK",
-        help="counts, label accuracy, BatchNorm alignment, diversity, pixels; --model: the bank's own if left out",
+        help="counts, label accuracy, BatchNorm alignment, diversity, pixels; where left out, input size and "
+        "normalization are the bank's own; so are --model, unless a Python file, and --weights, a file here or a name",
     )
     synthesize.add_argument("--any-network", action="store_true", help="inspect with another network than the bank's")
     synthesize.add_argument(
@@ -114,20 +127,24 @@ def _bank_config(options: argparse.Namespace, earlier: Any) -> ClusterQConfig:
 def _inspect(options: argparse.Namespace, device: str) -> int:
     from clusterq import bank
     from clusterq.bank_quality import describe, inspect_images
-    from clusterq.checkpoint import REBUILT
-    from clusterq.models import load_model
+    from clusterq.models import load_model, runs_code
     from clusterq.synthesis import Teacher
 
-    for name in ("output", "seed", "preset", "set", "overwrite"):
-        if getattr(options, name) not in (None, [], False):
-            raise ValueError(f"--{name} is of no use with --inspect, which makes nothing")
+    refuse(options, ("output", "seed", "preset", "set", "overwrite"), "with --inspect, which makes nothing")
     found = bank.read(options.inspect)
-    model = options.model
-    if model is None:
-        model = found.record["network"]["model"]
-        if model.split(":", 1)[0] not in REBUILT:
-            raise DataError(f"{options.inspect} was made for {model}, a Python file: give --model to have it run")
-    loaded = load_model(model, options.weights, **input_of(options))
+    network = found.record["network"]
+    model = network["model"] if options.model is None else options.model
+    if options.model is None and runs_code(model):
+        raise DataError(f"{options.inspect} was made for {model}, a Python file: give --model to have it run")
+    weights = options.weights
+    if weights is None and model == network["model"]:
+        weights = bank.recorded_weights(network)
+    given = input_of(options)
+    if given["input_size"] is None:
+        given["input_size"] = network["input_shape"][-1]
+    if given["mean"] is None and given["normalization"] is None:
+        given["mean"], given["std"] = tuple(network["mean"]), tuple(network["std"])
+    loaded = load_model(model, weights, **given)
     if not options.any_network:
         bank.require_network(options.inspect, found.record, loaded)
     teacher = Teacher(loaded.model, loaded.input_shape, device=device)
@@ -154,7 +171,9 @@ def _add_ablate(commands: Any) -> None:
     ablate.add_argument(
         "--output", type=Path, help="folder of the results (default: runs/TABLE); of --render, the .md file"
     )
-    ablate.add_argument("--jobs", type=int, metavar="N", help="processes at a time (default: cores / threads)")
+    ablate.add_argument(
+        "--jobs", type=int, metavar="N", help="processes at a time (default: cores / threads; on a GPU 1)"
+    )
     ablate.add_argument("--seeds", type=int, nargs="+", default=[], metavar="SEED", help="in place of the table's")
     ablate.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="SECTION.FIELD=VALUE", help="in every row, last"
@@ -199,12 +218,9 @@ def _render(options: argparse.Namespace, command: str) -> int:
     from clusterq.ablation.results import read_results
     from clusterq.folders import write_file
 
+    refuse(options, ("jobs", "seeds", "set", "threads", "device", "json"), "with --render, which runs nothing")
     if options.output is None:
         raise ValueError("--render: give --output, the Markdown file to write")
     found = [(path.as_posix(), read_results(path)) for path in options.render]
-    try:
-        text = page.render(found, command)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"a file of --render is damaged: {type(error).__name__} {error}") from error
-    write_file(options.output, text.encode())
+    write_file(options.output, page.render(found, command).encode())
     return 0

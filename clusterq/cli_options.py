@@ -31,13 +31,10 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", action="store_true", help="run the Python file that the folder names as its network")
 
 
-def add_model(
-    parser: argparse.ArgumentParser, *, required: bool = True, data: bool = True, data_required: bool = True
-) -> None:
-    """The network, and with `data` the evaluation set, which has to be given where `--model` need not be."""
+def add_model(parser: argparse.ArgumentParser, *, data: bool = True, data_required: bool = True) -> None:
+    """The network, which may come from elsewhere, and with `data` the evaluation set."""
     parser.add_argument(
         "--model",
-        required=required,
         help="builtin:resnet20 | torchvision:NAME | timm:NAME | pytorchcv:NAME | FILE.py:FACTORY (the file is run)",
     )
     parser.add_argument(
@@ -46,7 +43,7 @@ def add_model(
     if data:
         parser.add_argument(
             "--data",
-            required=data_required and not required,
+            required=data_required,
             help="evaluation set: digits | cifar10:DIR | cifar100:DIR | FILE.npz | folder (images.zip and labels.csv, "
             "or one sub-folder per class); only measured on, never trained on",
         )
@@ -149,6 +146,15 @@ def machine_of(options: argparse.Namespace) -> str:
     if device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: this PyTorch finds {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def refuse(options: argparse.Namespace, names: Sequence[str], why: str) -> None:
+    """Raises ValueError where one of these options is given, which would have no effect."""
+    for name in names:
+        value = getattr(options, name)
+        # Not by `in`: to Python 0 equals False, and `--seed 0` is given.
+        if not (value is None or value is False or value == []):
+            raise ValueError(f"--{name.replace('_', '-')} is of no use {why}")
 
 
 def require_positive(options: argparse.Namespace, *names: str) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from clusterq.settings import LayerBits, Range, check_fields
+from clusterq.settings import LayerBits, Range, check_fields, from_json
 
 WeightRange = Literal["mse", "minmax"]
 ActivationRange = Literal["mse", "minmax", "ema"]
@@ -313,8 +313,8 @@ def _build(cls: Any, data: Mapping[str, Any]) -> Any:
     unknown = sorted(set(data) - known)
     if unknown:
         raise ValueError(f"unknown setting {unknown[0]!r} for {cls.__name__}; known: {', '.join(sorted(known))}")
-    # JSON has no tuples.
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    hints = get_type_hints(cls, include_extras=True)
+    return cls(**{name: from_json(value, hints[name]) for name, value in data.items()})
 
 
 def preset(name: str) -> ClusterQConfig:

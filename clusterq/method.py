@@ -95,6 +95,8 @@ class ClusterQ:
         teacher: the frozen network with reported statistics.
         source: where the images come from, None before `synthesize`.
         seconds: wall time of the phases done so far.
+        label_accuracy: fraction of the stored images that the teacher assigns to their label; None until it has been
+            found (by `synthesize`, of images made earlier by `finetune`), and always for a streaming generator.
 
     Raises:
         ModelError: the network cannot be used (no BatchNorm, wrong input shape) or has another number of classes.
@@ -129,8 +131,7 @@ class ClusterQ:
         self._after_step = after_step
         # A streaming generator as the warm-up left it: where every fine-tuning run starts from.
         self._warm_generator: dict[str, Any] | None = None
-        # Of the stored images; None until it has been found, and always for a streaming generator.
-        self._label_accuracy: float | None = None
+        self.label_accuracy: float | None = None
 
     @property
     def streaming(self) -> bool:
@@ -173,7 +174,7 @@ class ClusterQ:
                 raise _located(error, self.teacher.model, source) from error
         self.source = source
         self._warm_generator = source.state_dict() if self.streaming else None
-        self._label_accuracy = None if self.streaming else self._check_labels(source.images(), source.labels())
+        self.label_accuracy = None if self.streaming else self._check_labels(source.images(), source.labels())
         return source
 
     def use_images(self, images: Tensor, labels: Tensor) -> StoredImages:
@@ -184,12 +185,9 @@ class ClusterQ:
             labels: [N] int64 in [0, K).
 
         Raises:
-            ValueError: a shape, labels that are not int64, or a label that does not fit the network.
+            ValueError: no images, a shape, labels that are not int64, or a label that does not fit the network.
         """
-        if tuple(images.shape[1:]) != self.teacher.input_shape:
-            raise ValueError(f"images has shape {tuple(images.shape)}; wanted [N, {self.teacher.input_shape}]")
-        if labels.dtype != torch.int64:
-            raise ValueError(f"labels has dtype {labels.dtype}; wanted torch.int64")
+        self.teacher.require_fit(images, labels)
         device = self.teacher.device
         source = StoredImages(
             images.to(device, self.teacher.dtype),
@@ -198,14 +196,9 @@ class ClusterQ:
             self.config.seed,
             self.processes,
         )
-        if not 0 <= int(labels.min()) <= int(labels.max()) < self.teacher.num_classes:
-            raise ValueError(
-                f"labels range from {int(labels.min())} to {int(labels.max())}; "
-                f"wanted 0 to {self.teacher.num_classes - 1}"
-            )
         self.source = source
         self._warm_generator = None
-        self._label_accuracy = None
+        self.label_accuracy = None
         self.seconds["synthesis"] = 0.0
         return source
 
@@ -285,10 +278,10 @@ class ClusterQ:
             except DivergenceError as error:
                 raise _located(error, student, source) from error
         images, labels = source.images(), source.labels()
-        accuracy = self._label_accuracy
+        accuracy = self.label_accuracy
         if accuracy is None:
             accuracy = self._check_labels(images, labels)
-            self._label_accuracy = None if self.streaming else accuracy
+            self.label_accuracy = None if self.streaming else accuracy
         synthesis = [] if isinstance(source, StoredImages) else source.metrics
         size = config.synthesis.batch_size if self.streaming else finetune.batch_size
         return Result(

@@ -128,10 +128,24 @@ def _value(name: str, text: str, hint: Any) -> Any:
     # RecursionError, ValueError of huge numbers: no value of a setting looks like that.
     except (ValueError, RecursionError):
         value = {"True": True, "False": False, "None": None}.get(text, text)
+    value = from_json(value, hint)
+    check_value(name, value, hint)
+    return value
+
+
+def from_json(value: Any, hint: Any) -> Any:
+    """A value as a field with the annotation `hint` holds it: JSON has no tuples, and its 1 may be the number 1.0.
+
+    Equal settings are then written alike. A value that does not fit the field stays as it is, but for the tuple.
+    """
     if isinstance(value, list):
         value = tuple(value)
-    check_value(name, value, hint)
+    if not _fits(value, hint):
+        return value
     kinds = [_plain(option)[0] for option in _options(hint)]
+    if isinstance(value, tuple):
+        parts = next(typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple)
+        return tuple(map(from_json, value, parts))
     return float(value) if type(value) is int and float in kinds and int not in kinds else value
 
 

@@ -35,11 +35,14 @@ from fuzz_mutate import mutate
 from safetensors.torch import save
 from torch import nn
 
-from clusterq import checkpoint, partial, states
+from clusterq import bank, checkpoint, partial, states
+from clusterq.ablation import cells, page
+from clusterq.ablation.results import as_csv, read_results
+from clusterq.ablation.table import read_table
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.data import open_data
 from clusterq.errors import ClusterQError
-from clusterq.models import Source, file_sha256, read_state_dict
+from clusterq.models import LoadedModel, Source, file_sha256, read_state_dict
 from clusterq.networks import DigitsConvNet
 from clusterq.qat import calibrate, prepare
 from clusterq.readers import parse_json, read_images
@@ -257,7 +260,53 @@ def readers(place: Path) -> dict[str, tuple[list[bytes], Reader, tuple[type[Exce
         lambda data: override(ClusterQConfig(), [data.decode("utf-8", "surrogateescape")]),
         (ValueError,),
     )
-    return table
+    return table | _of_banks_and_ablations(place, file)
+
+
+def _of_banks_and_ablations(place: Path, file: Callable[[str, Callable[[Path], Any]], Reader]) -> dict[str, Any]:
+    """Rows of `readers` on a bank's record, tables, cells and results; `file` makes a reader of a path one of bytes."""
+    ours, root = (ClusterQError,), Path(__file__).resolve().parent.parent
+    loaded = LoadedModel(Tiny().eval(), Source("builtin:digits", "w", "0" * 64), (1, 4, 4), 3, (0.5,), (0.5,))
+    part = {
+        "count": 2, "seed": 0, "settings": ClusterQConfig().to_dict()["synthesis"], "preset": "default",
+        "label_accuracy": 50.0, "seconds": 1.5, "samples_seen": 8, "command": "c",
+    }  # fmt: skip
+    bank.write(place / "bank", loaded, torch.randn(2, 1, 4, 4), torch.tensor([0, 1]), [part])
+    record = (place / "bank" / bank.RECORD).read_bytes()
+
+    def bank_record(path: Path) -> None:
+        found = bank.read(path.parent)
+        bank.recorded_weights(found.record["network"])
+        bank.last_settings(found)
+
+    toml = [path.read_bytes() for path in sorted([*root.glob("examples/*.toml"), *root.glob("bench/ablations/*.toml")])]
+    yml = b"""
+base: {model: "builtin:digits", data: digits, mean: [0], std: [1], evaluate: {choose: "0:2", report: "2:4"}}
+row:
+  - {name: a, settings: {finetune: {steps: 3}}, bits: [W3A3]}
+  - {name: b, images: data:0:2}
+"""
+    results = (root / "bench" / "results" / "ablations" / "digits.json").read_bytes()
+    whole = json.loads(results)
+    cell = {"format": cells.FORMAT, "format_version": cells.FORMAT_VERSION, **whole["rows"][0]["cells"][0]}
+
+    def ablation_cell(path: Path) -> None:
+        found = cells.read_cell(path.parent.parent, path.stem)
+        shown = {**whole, "rows": [{**whole["rows"][0], "cells": [found]}]}
+        as_csv(shown).encode()
+        page.render([("r.json", shown)], "c")
+        page.terminal(shown)
+
+    return {
+        "bank_record": ([record], file(f"bank/{bank.RECORD}", bank_record), ours),
+        "table_toml": (toml, file("t.toml", read_table), ours),
+        # Where PyYAML is installed; where not, every input is refused.
+        "table_yaml": ([yml], file("t.yaml", read_table), ours),
+        "ablation_cell": ([json.dumps(cell).encode()], file(f"{cells.CELLS}/{cell['key']}.json", ablation_cell), ours),
+        "ablation_results": (
+            [results], file("r.json", lambda path: page.render([("r", read_results(path))], "c").encode()), ours
+        ),
+    }  # fmt: skip
 
 
 def make_input(reader: str, seeds: list[bytes], number: int, seed: int) -> bytes:

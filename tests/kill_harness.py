@@ -31,7 +31,7 @@ COMMON = [
 # The bank with centroids, and a generator that trains beside the student.
 KINDS = {
     "bank": ["synthesis.num_images=32", "synthesis.image_steps=4", "synthesis.warmup_steps=2",
-             "synthesis.alignment_weight=0.1", "synthesis.diversity_weight=0.1"],
+             "synthesis.alignment_weight=0.1", "synthesis.diversity_weight=0.1", "synthesis.shifted_share=1.0"],
     "stream": ["synthesis.source=generator", "finetune.images=stream", "synthesis.warmup_steps=6",
                "synthesis.generator_width=8", "synthesis.num_images=16", "synthesis.alignment_weight=0.1"],
 }  # fmt: skip

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-import clusterq
 from clusterq.ablation import cells
 from clusterq.ablation import run as run_module
-from clusterq.ablation.results import mean_and_spread, read_results
+from clusterq.ablation.results import read_results
+from clusterq.ablation.rows import mean_and_spread
 from clusterq.cli import main
 from clusterq.data import EvaluationSet
 from clusterq.synthesis import Teacher
@@ -165,6 +166,152 @@ def test_images_are_made_once_and_finished_cells_are_kept(
     assert sorted(made) == [0, 0, 0, 1, 1, 1]
 
 
+ONE = (
+    BASE.split("[[row]]")[0].replace("seeds = [0, 1]", "seeds = [0]").replace(', "W3A3"]', "]")
+    + "[[row]]\nname = 'a'\n"
+)
+
+
+def _with_environment(name: str) -> Callable[[pytest.MonkeyPatch], str]:
+    def change(monkeypatch: pytest.MonkeyPatch) -> str:
+        real = run_module.environment
+        monkeypatch.setattr(run_module, "environment", lambda device: {**real(device), name: "another"})
+        return ONE
+
+    return change
+
+
+def _with_table(old: str, new: str) -> Callable[[pytest.MonkeyPatch], str]:
+    assert old in ONE
+    return lambda monkeypatch: ONE.replace(old, new)
+
+
+def _with_network(file: str) -> Callable[[pytest.MonkeyPatch], str]:
+    def change(monkeypatch: pytest.MonkeyPatch) -> str:
+        # The same tensors in another network.
+        Path(file).write_text(Path("net.py").read_text().replace("nn.ReLU()", "nn.SiLU()"))
+        return ONE.replace("net.py", file)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _with_environment("torch"),
+        _with_environment("processor"),
+        _with_table('normalization = "none"', "mean = [0.5]\nstd = [1.0]"),
+        _with_table('normalization = "none"', "mean = [0.0]\nstd = [0.5]"),
+        _with_network("net.py"),
+        _with_network("other.py"),
+    ],
+    ids=["torch", "processor", "mean", "std", "file", "model"],
+)
+def test_whatever_numbers_depend_on_makes_them_run_again(
+    place: nn.Module, monkeypatch: pytest.MonkeyPatch, change: Callable[[pytest.MonkeyPatch], str]
+) -> None:
+    assert _ablate(ONE) == 0
+    first = _cell_files()
+    assert len(first) == 2
+    assert _ablate(ONE) == 0
+    assert _cell_files() == first
+    text = change(monkeypatch)
+    assert _ablate(text) == 0
+    second = _cell_files()
+    assert len(second) == 3 and len(list(Path("out/synthesis").iterdir())) == 2
+    # The network in floating point is measured again too.
+    assert second["float.json"] != first["float.json"]
+
+
+def test_the_size_of_images_is_part_of_a_network(place: nn.Module) -> None:
+    # A set has images of one size: keys of another one would need another set, and differ by it.
+    small, large = (cells.load_model("net.py:make", "weights.pt", input_size=size) for size in (8, 12))
+    assert small.tensors_sha256 == large.tensors_sha256
+    assert cells.network_identity(small) != cells.network_identity(large)
+    assert cells.network_identity(small) == cells.network_identity(
+        cells.load_model("net.py:make", "weights.pt", input_size=8)
+    )
+
+
+def test_rows_that_share_some_widths_of_one_generator_lose_none(place: nn.Module) -> None:
+    both = STREAM + "bits = ['W4A4', 'W3A3']\n"
+    both += STREAM.replace("'stream'", "'more'", 1) + "bits = ['W4A4', 'W2A4']\n"
+    assert _ablate(ONE + both) == 0
+    assert [cell["bits"] for cell in _row("stream")["cells"]] == ["W4A4", "W3A3"]
+    assert [cell["bits"] for cell in _row("more")["cells"]] == ["W4A4", "W2A4"]
+    assert _row("stream")["cells"][0] == _row("more")["cells"][0] and not _results()["failed"]
+
+
+def test_nothing_is_read_twice(place: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    opened: list[str] = []
+    real_read, real_load = cells.bank.read, cells.load_model
+
+    def counted_read(folder: Path) -> Any:
+        read.append(folder)
+        return real_read(folder)
+
+    def counted_load(spec: str, *arguments: Any, **settings: Any) -> Any:
+        opened.append(spec)
+        return real_load(spec, *arguments, **settings)
+
+    monkeypatch.setattr(cells.bank, "read", counted_read)
+    monkeypatch.setattr(cells, "load_model", counted_load)
+    assert _ablate(ONE.replace('["W4A4"]', '["W4A4", "W3A3", "W2A4"]')) == 0
+    assert len(read) == 1 and opened == ["net.py:make"]
+    # Another ablation of the same process looks at the files again.
+    assert _ablate(ONE) == 0
+    assert opened == ["net.py:make"] * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"format": "other"}, "is not a cell of an ablation"),
+        ({"format_version": 2}, "in format 2; this version reads 1"),
+        ({"accuracy": {"choose": 1.0, "report": 2.0}}, "damaged: accuracy.all is"),
+        ({"label_accuracy": "50"}, "damaged: label_accuracy is"),
+        ({"seed": True}, "damaged: seed is"),
+        ({"versions": {}}, "damaged: versions.clusterq is"),
+        ({"machine": None}, "damaged: machine.processor is"),
+        ({"command": "\ud800"}, "damaged: command is"),
+        ({"key": "0" * 20}, "damaged: key is"),
+    ],
+)
+def test_damaged_cell_is_named(
+    place: nn.Module, capsys: pytest.CaptureFixture[str], change: dict[str, Any], part: str
+) -> None:
+    assert _ablate(ONE) == 0
+    (name,) = [name for name in _cell_files() if name != "float.json"]
+    path = Path("out/cells", name)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    capsys.readouterr()
+    assert _ablate(ONE) == 2
+    error = capsys.readouterr().err
+    assert part in error and name in error and "remove it to have it made again" in error and error.count("\n") == 1
+    path.unlink()
+    assert _ablate(ONE) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"identity": {}, "accuracy": {"choose": 1, "report": "2", "all": 3}}']
+)
+def test_damaged_accuracy_of_the_network_is_named(
+    place: nn.Module, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    Path("out/cells").mkdir(parents=True)
+    Path("out/cells/float.json").write_text(content)
+    assert _ablate(ONE) == 2
+    error = capsys.readouterr().err
+    assert "float.json is damaged: " in error and "remove it to have it made again" in error and error.count("\n") == 1
+
+
+def test_a_gpu_runs_one_process_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    assert run_module.default_jobs(2, "cpu") == 4 and run_module.default_jobs(16, "cpu") == 1
+    assert run_module.default_jobs(2, "cuda") == 1 and run_module.default_jobs(2, "cuda:1") == 1
+
+
 def test_code_that_changes_meanwhile_fails_the_cells(
     place: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,25 +413,6 @@ def test_folder_of_something_else_is_left_alone(place: nn.Module, capsys: pytest
     Path("out/mine").write_text("mine")
     assert _ablate(BASE) == 2
     assert "is not the folder of an ablation" in capsys.readouterr().err and os.listdir("out") == ["mine"]
-
-
-def test_code_identity_knows_what_makes_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "clusterq"
-    (package / "qat").mkdir(parents=True)
-    for name in ("__init__.py", "report.py", "qat/finetune.py"):
-        (package / name).write_text("a = 1\n")
-    monkeypatch.setattr(clusterq, "__file__", str(package / "__init__.py"))
-
-    def digest() -> str | None:
-        return dict(cells.code_identity.__wrapped__())["sha256"]
-
-    first = digest()
-    (package / "report.py").write_text("a = 2\n")
-    assert digest() == first
-    (package / "qat" / "finetune.py").write_text("a = 2\n")
-    assert digest() != first
-    for name in cells._SHOWING:
-        assert (ROOT / "clusterq" / name).is_file(), name
 
 
 def test_interrupt_keeps_finished_cells_and_the_same_command_continues(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from clusterq.ablation import page, plot
 from clusterq.ablation.results import write_results
 from clusterq.cli import main
+from clusterq.errors import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "ablations"
@@ -93,7 +94,7 @@ def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     cases = [
         ("{", "is damaged"),
         ("{}", "is not a result of `clusterq ablate`"),
-        (json.dumps({**results, "format_version": 7}), "has result format 7"),
+        (json.dumps({**results, "format_version": 7}), "in format 7; this version reads 1"),
         (json.dumps({**results, "rows": [{}]}), "a file of --render is damaged: KeyError"),
         (json.dumps({**results, "float": 3}), "a file of --render is damaged: TypeError"),
     ]
@@ -106,6 +107,23 @@ def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["ablate", "--render", str(tmp_path / "absent.json"), *output]) == 2
     assert main(["ablate"]) == 2
     assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--jobs", "2"], ["--seeds", "0"], ["--set", "a=1"], ["--threads", "1"], ["--device", "cpu"], ["--json"]]
+)
+def test_options_that_rendering_would_ignore(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    output = tmp_path / "page.md"
+    assert main(["ablate", "--render", str(RESULTS / "digits.json"), "--output", str(output), *words]) == 2
+    assert f"{words[0]} is of no use with --render" in capsys.readouterr().err and not output.exists()
+
+
+def test_text_that_no_file_can_hold_is_refused(tmp_path: Path, results: dict[str, Any]) -> None:
+    results["rows"][0]["name"] = "\ud800"
+    with pytest.raises(DataError, match="a file of --render is damaged: UnicodeEncodeError"):
+        page.render([("x.json", results)], "c")
 
 
 def test_picture_is_drawn_and_nothing_is_cut_off(tmp_path: Path, results: dict[str, Any]) -> None:
@@ -130,6 +148,13 @@ def test_without_matplotlib_the_sentence_says_so(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "was not drawn: drawing the figure needs the package 'matplotlib'" in write_results(tmp_path, results)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.json"]
+
+
+def test_a_picture_of_earlier_numbers_does_not_stay(tmp_path: Path, results: dict[str, Any]) -> None:
+    (tmp_path / "results.png").write_bytes(b"of earlier numbers")
+    unfinished = {**results, "rows": [{**row, "cells": []} for row in results["rows"]]}
+    assert "was not drawn" in write_results(tmp_path, unfinished)
+    assert not (tmp_path / "results.png").exists()
 
 
 @pytest.mark.parametrize("command", ["synthesize", "ablate"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from clusterq.ablation import pool
 from clusterq.ablation.pool import Task, run_tasks
 
 
@@ -40,6 +44,44 @@ def test_process_that_dies_fails_its_task_alone() -> None:
     }
 
 
+def test_process_that_dies_while_idle_is_replaced() -> None:
+    def on_end(task: Task, error: str | None) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+    tasks = [Task("first", "1"), Task("second", "2", needs="first"), Task("third", "3", needs="second")]
+    assert run_tasks(tasks, int, jobs=2, on_end=on_end) == {}
+
+
+def test_process_that_dies_before_it_reads_its_task_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(pool._Worker):
+        def begin(self, task: Task) -> bool:
+            begun = super().begin(task)
+            if task.name == "lost":
+                self.process.kill()
+                self.process.join()
+            return begun
+
+    monkeypatch.setattr(pool, "_Worker", Killed)
+    tasks = [Task("lost", "1"), Task("other", "2"), Task("after", "3", needs="lost")]
+    ended = "its process ended with code -9"
+    assert run_tasks(tasks, int, jobs=2, on_end=lambda task, error: None) == {"lost": ended, "after": ended}
+
+
+def test_process_that_dies_before_it_gets_its_task_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(pool._Worker):
+        def __init__(self, function: Callable[[Any], None]) -> None:
+            super().__init__(function)
+            self.process.kill()
+            self.process.join()
+
+    monkeypatch.setattr(pool, "_Worker", Dead)
+    ended = "its process ended with code -9"
+    tasks = [Task("a", "1"), Task("b", "2")]
+    assert run_tasks(tasks, int, jobs=2, on_end=lambda task, error: None) == {"a": ended, "b": ended}
+
+
 def test_two_processes_work_at_the_same_time() -> None:
     # Starting both takes seconds, once: four naps one after the other would take four more than two at a time.
     ended: list[float] = []
@@ -53,8 +95,6 @@ def test_no_tasks() -> None:
 
 
 def test_interrupt_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from clusterq.ablation import pool
-
     workers = []
 
     class Watched(pool._Worker):

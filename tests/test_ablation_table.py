@@ -118,6 +118,17 @@ ROW = "[[row]]\nname = 'fine'\n[[row]]\nname = 'r'\n"
         (BASE.replace("choose", "tune") + ROW, ["no key 'tune'; wanted choose, report, all"]),
         (BASE + "mean = [0.5]\n" + ROW, ["mean and std belong together"]),
         ("[base\n", ["t.toml is not a TOML file"]),
+        (BASE + "weights = 2020-01-01\n" + ROW, ["datetime.date(2020, 1, 1) is a date; wanted text"]),
+        (BASE + "weights = 10:20:30\n" + ROW, ["is a time; wanted text"]),
+        (BASE + ROW + "settings = { finetune = { lr = nan } }", ["a number is nan; wanted a finite one"]),
+        (BASE + "mean = [inf]\nstd = [1.0]\n" + ROW, ["a number is inf; wanted a finite one"]),
+        (BASE + f"input_size = {'9' * 400}\n" + ROW, ["more than 64 bits"]),
+        (BASE + f"input_size = {'9' * 5000}\n" + ROW, ["t.toml is not a TOML file"]),
+        (BASE + f"input_size = {'[' * 40}{']' * 40}\n" + ROW, ["t.toml is nested too deeply"]),
+        (BASE + f"input_size = {'[' * 20000}{']' * 20000}\n" + ROW, ["t.toml is nested too deeply"]),
+        (BASE + f"input_size = [{'1,' * 100_001}]\n" + ROW, ["t.toml has more than 100000 values"]),
+        (BASE + ROW + f"settings = {{ 'finetune.{'x' * (1 << 20)}' = 1 }}", ["has more than 1048576 bytes"]),
+        (BASE.replace("second half", "1:" + "9" * 5000) + ROW, ["wanted 'first half', 'second half'"]),
         ("[base]\n[table]\n" + ROW, ["wanted one [base] and one or more [[row]]"]),
     ],
 )  # fmt: skip
@@ -154,6 +165,28 @@ row:
 """
     (row,) = _read(tmp_path, text, "t.yaml").rows
     assert row.config.finetune.steps == 3 and row.widths == (Width(3, 3),)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("base: [", "t.yaml is not a YAML file"),
+        ("base: 2020-01-01", "is a date; wanted text"),
+        ("base: {1: 2}", "a key of a table is 1"),
+        ("base: 2020-99-99", "t.yaml is not a YAML file"),
+        ('base: "\\ud800"', "half a pair of surrogates"),
+        ("base: " + "[" * 5000 + "]" * 5000, "t.yaml is nested too deeply"),
+        ("base: &a [*a]", "t.yaml is nested too deeply"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+            f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)
+        ), "t.yaml has more than 100000 values"),
+    ],
+)  # fmt: skip
+def test_yaml_that_no_table_is_made_of(tmp_path: Path, text: str, part: str) -> None:
+    pytest.importorskip("yaml", reason="PyYAML is not installed")
+    with pytest.raises(TableError) as raised:
+        _read(tmp_path, text, "t.yaml")
+    assert part in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_parsers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

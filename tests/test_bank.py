@@ -147,12 +147,19 @@ def test_damaged_banks_are_refused(place: nn.Module, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     cases = [
         ({**record, "format": "other"}, "is not the record of a bank"),
-        ({**record, "format_version": 9}, "has bank format 9; this version reads 1"),
+        ({**record, "format_version": 9}, "is the record of a bank in format 9; this version reads 1"),
         ({**record, "parts": []}, "damaged: parts is absent"),
         ({**record, "parts": [{}]}, "damaged: count is absent"),
         ({**record, "parts": [{**record["parts"][0], "seed": True}]}, "damaged: seed is absent or of another type"),
         ({**record, "parts": [*record["parts"], 3]}, "damaged: count is absent"),
         ({**record, "network": 3}, "damaged: network.tensors_sha256 is absent"),
+        ({**record, "network": {**record["network"], "mean": ["0"]}}, "damaged: network.mean is absent or of another"),
+        ({**record, "network": {**record["network"], "std": 1.0}}, "damaged: network.std is absent or of another"),
+        (
+            {**record, "network": {**record["network"], "input_shape": [1, 8, 9]}},
+            "input_shape is not that of its images",
+        ),
+        ({**record, "network": {**record["network"], "input_shape": []}}, "input_shape is not that of its images"),
         ({**record, "parts": record["parts"] * 2}, "do not add up to the 8 images"),
         ({**record, "images": {**record["images"], "sha256": "0" * 64}}, "its SHA-256 is not the one"),
     ]
@@ -173,6 +180,7 @@ def test_damaged_banks_are_refused(place: nn.Module, capsys: pytest.CaptureFixtu
         (["--output", "new", "--set", "synthesis.nothing=1"], "no setting 'nothing'"),
         (["--output", "new", "--extend", "bank"], "--extend and --output are both given"),
         (["--inspect", "bank", "--seed", "1"], "--seed is of no use with --inspect"),
+        (["--inspect", "bank", "--seed", "0"], "--seed is of no use with --inspect"),
         (["--output", "new", "--any-network"], "--any-network belongs to --inspect"),
         (["--output", "new", "--threads", "0"], "--threads is 0"),
     ],
@@ -227,6 +235,71 @@ def test_inspection_prints_what_it_found(place: nn.Module, capsys: pytest.Captur
     other = [*MODEL[:2], "--weights", "other.pt", *MODEL[4:]]
     _refused(capsys, _synthesize("--inspect", "bank", model=other), "was made for another network")
     assert _synthesize("--inspect", "bank", "--any-network", model=other) == 0
+
+
+def test_inspection_opens_the_network_as_the_bank_has_it(place: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    normalised = [*MODEL[:6], "--mean", "0.25", "--std", "0.5"]
+    assert _synthesize("--output", "bank", "--set", *SYNTHESIS, model=normalised) == 0
+    capsys.readouterr()
+    # Weights, size and normalisation are not given again; without them 224 pixels and ImageNet's mean would be taken.
+    assert _synthesize("--inspect", "bank", "--json", model=MODEL[:2]) == 0
+    found = json.loads(capsys.readouterr().out)["quality"]
+    assert _synthesize("--inspect", "bank", "--json", model=normalised) == 0
+    assert json.loads(capsys.readouterr().out)["quality"] == found
+    tensors = load_file("bank/images.safetensors")
+    low, high = -0.25 / 0.5, 0.75 / 0.5
+    outside = ((tensors["images"] < low) | (tensors["images"] > high)).double().mean()
+    assert found["pixels"]["outside"] == pytest.approx(100 * float(outside)) and 0 < outside < 1
+    os.rename("weights.pt", "elsewhere.pt")
+    _refused(capsys, _synthesize("--inspect", "bank", model=MODEL[:2]), "weights 'weights.pt': no such file")
+    words = [*MODEL[:2], "--weights", "elsewhere.pt"]
+    assert _synthesize("--inspect", "bank", model=words) == 0
+
+
+def test_inspection_of_a_network_that_comes_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _synthesize("--output", "bank", "--set", *SYNTHESIS, model=["--model", "builtin:digits"]) == 0
+    assert _synthesize("--inspect", "bank", model=[]) == 0
+    assert "8 images, 10 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (
+            ["--input-size", "10", "--normalization", "none"],
+            "made with input_shape [1, 8, 8]; the network is loaded with",
+        ),
+        (
+            ["--input-size", "8", "--mean", "0.5", "--std", "1"],
+            "made with mean [0.0]; the network is loaded with [0.5]",
+        ),
+        (["--input-size", "8", "--mean", "0", "--std", "0.5"], "made with std [1.0]; the network is loaded with [0.5]"),
+    ],
+)
+def test_a_bank_is_extended_at_its_own_size_and_normalisation(
+    place: nn.Module, capsys: pytest.CaptureFixture[str], words: list[str], part: str
+) -> None:
+    _make()
+    before = Path("bank/bank.json").read_bytes()
+    capsys.readouterr()
+    _refused(capsys, _synthesize("--extend", "bank", model=[*MODEL[:4], *words]), part)
+    assert Path("bank/bank.json").read_bytes() == before
+
+
+def test_labels_of_a_part_are_checked_once(place: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    real = Teacher.label_accuracy
+
+    def counted(teacher: Teacher, images: torch.Tensor, labels: torch.Tensor) -> float:
+        calls.append(len(images))
+        return real(teacher, images, labels)
+
+    monkeypatch.setattr(Teacher, "label_accuracy", counted)
+    _make()
+    assert calls == [8]
 
 
 def test_read_gives_back_what_was_written(place: nn.Module) -> None:

@@ -128,7 +128,7 @@ def test_missing_parts(tmp_path: Path) -> None:
     ("field", "value", "message"),
     [
         ("format", "other", "not the record of a checkpoint"),
-        ("format_version", 99, "format 99; this version reads 1"),
+        ("format_version", 99, "is the record of a checkpoint in format 99; this version reads 1"),
         ("input_shape", [3, 8], "damaged"),
         ("config", {"quantization": {"weight_bits": 99}}, "weight_bits is 99; wanted whole number"),
         ("config", {"unknown": 1}, "unknown setting"),

@@ -204,6 +204,20 @@ def test_round_trip_hash_and_copies(name: str) -> None:
     assert replace(config, quantization=replace(config.quantization, layer_bits={"fc": 8})) != config
 
 
+def test_equal_settings_are_written_alike() -> None:
+    texts = ["synthesis.roughness=[0, 1]", "synthesis.generator_betas=[0, 0.5]", "finetune.lr=1"]
+    made = override(ClusterQConfig(), texts)
+    assert made == override(ClusterQConfig(), [text.replace("0,", "0.0,").replace("1", "1.0") for text in texts])
+    written = json.dumps(made.to_dict())
+    assert '"roughness": [0.0, 1.0]' in written and '"lr": 1.0' in written
+    # As a file has it whose author wrote whole numbers.
+    data = json.loads(written)
+    data["synthesis"]["roughness"], data["finetune"]["lr"] = [0, 1], 1
+    assert json.dumps(ClusterQConfig.from_dict(data).to_dict()) == written
+    # A whole number stays one where one is wanted.
+    assert '"steps": 3' in json.dumps(override(ClusterQConfig(), ["finetune.steps=3"]).to_dict())
+
+
 def test_layer_bits_cannot_be_changed() -> None:
     given = {"fc": 8}
     config = QuantizationConfig(layer_bits=given)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from clusterq import method as method_module
 from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, SynthesisConfig
 from clusterq.divergence import first_nonfinite
 from clusterq.errors import DivergenceError
 from clusterq.method import ClusterQ
 from clusterq.networks import DigitsConvNet
 from clusterq.qat import calibrate, prepare
+from clusterq.synthesis import StoredImages
 
 
 def _network() -> nn.Sequential:
@@ -47,12 +50,24 @@ def test_a_diverging_student_names_its_layer() -> None:
         method.finetune()
 
 
-def test_diverging_images_are_named() -> None:
-    synthesis = SynthesisConfig(num_images=16, batch_size=16, image_steps=30, image_lr=1e30, bns_weight=1e30)
+@pytest.mark.parametrize("source", ["bank", "generator"])
+def test_diverging_images_are_named_after_a_look_at_one(monkeypatch: pytest.MonkeyPatch, source: Any) -> None:
+    looked: list[int] = []
+
+    def watched(network: nn.Module, images: torch.Tensor) -> str:
+        looked.append(len(images))
+        return first_nonfinite(network, images)
+
+    monkeypatch.setattr(method_module, "first_nonfinite", watched)
+    synthesis = SynthesisConfig(
+        source=source, num_images=16, batch_size=16, image_steps=30, image_lr=1e30, bns_weight=1e30, steps=30,
+        generator_lr=1e30, generator_width=8,
+    )  # fmt: skip
     config = replace(ClusterQConfig(), synthesis=synthesis)
     place = "the images themselves are NaN or infinite"
     with pytest.raises(DivergenceError, match=rf"image synthesis diverged: the loss term .*; lower .*; {place}$"):
         ClusterQ(DigitsConvNet(), config, input_shape=(1, 16, 16)).synthesize()
+    assert looked == [1]
 
 
 def test_weights_of_layers_with_layers_in_them_and_what_comes_between_layers() -> None:
@@ -94,3 +109,11 @@ def test_a_network_that_fails_while_the_place_is_looked_for(monkeypatch: pytest.
     config = replace(ClusterQConfig(), synthesis=synthesis)
     with pytest.raises(DivergenceError, match=r"image synthesis diverged: the loss term .*; lower .* learning rate$"):
         ClusterQ(DigitsConvNet(), config, input_shape=(1, 16, 16)).synthesize()
+
+
+def test_the_one_image_is_one_that_is_not_finite() -> None:
+    images = torch.zeros(5, 1, 16, 16)
+    images[3, 0, 2, 2] = torch.nan
+    source = StoredImages(images, torch.zeros(5, dtype=torch.int64), 5)
+    error = method_module._located(DivergenceError("diverged"), DigitsConvNet().eval(), source)
+    assert str(error) == "diverged; the images themselves are NaN or infinite"

@@ -186,6 +186,36 @@ def test_loss_is_the_weighted_sum_of_its_terms(teacher):
     torch.testing.assert_close(t["ce"], F.cross_entropy(teacher.model(images), labels))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.5])
+def test_the_cross_entropy_has_a_temperature_and_its_square(teacher, temperature):
+    images = torch.randn(12, *SHAPE, requires_grad=True)
+    labels = torch.arange(12) % CLASSES
+    objective = SynthesisObjective(
+        teacher, replace(BANK, bns_weight=0.0, alignment_weight=0, diversity_weight=0), seed=0
+    )
+    result = objective(images, labels, temperature=temperature)
+    chances = torch.softmax(teacher.model(images).double() / temperature, 1)
+    expected = -(temperature**2) * chances[torch.arange(12), labels].log().mean()
+    torch.testing.assert_close(result.terms["ce"].double(), expected.detach(), rtol=1e-5, atol=0)
+    (gradient,) = torch.autograd.grad(result.total, images)
+    (wanted,) = torch.autograd.grad(expected, images)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_every_chunk_is_asked_at_the_temperature_of_its_recipe(teacher):
+    config = replace(BANK, image_steps=1, warmup_steps=0, alignment_weight=0, diversity_weight=0, shift=0)
+    source = BankSource(teacher, replace(config, ce_temperature=(1.0, 6.0)), seed=0)
+    images, labels = source.images().clone(), source.labels()
+    temperatures = [recipe.temperature for recipe in source.recipes]
+    assert len(temperatures) == 2 and abs(temperatures[0] - temperatures[1]) > 0.5
+    source.fit()
+    for chunk, t in enumerate(temperatures):
+        part = slice(12 * chunk, 12 * chunk + 12)
+        with torch.no_grad():
+            expected = t**2 * F.cross_entropy(teacher.model(images[part]) / t, labels[part])
+        assert source.metrics[chunk]["ce"] == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_centroids_follow_their_own_class(teacher):
     """The published centroids are one constant vector for all classes."""
     objective = SynthesisObjective(teacher, replace(BANK, assignment="label"), seed=0)
@@ -310,7 +340,8 @@ def test_same_seed_same_bits_and_resuming_changes_nothing(network, make):
     def build(seed=3):
         teacher = Teacher(network, SHAPE)
         if make == "bank":
-            return BankSource(teacher, replace(BANK, image_steps=8), seed=seed)
+            # Every look at the images draws a shift, whose random state has to come back too.
+            return BankSource(teacher, replace(BANK, image_steps=8, shifted_share=1.0), seed=seed)
         return GeneratorSource(teacher, GENERATOR, seed=seed)
 
     torch.manual_seed(1)

@@ -1,8 +1,10 @@
 """One cell of an ablation, a row with one seed at one width, and the images it shares with others.
 
 Every function here runs in any process and leaves its result as a file that is there whole or not at all. The name of
-the file is a hash of all that the numbers depend on: the network's tensors, the data, sections, settings, seed,
-threads, device and the code. So what is there is never made again, and what has changed always is.
+the file is a hash of what the numbers depend on: the network (its specification, the Python file it comes from, its
+tensors, the size and normalisation of its images), settings, seed, threads, device, versions of this package and of
+torch, processor or GPU, and the code; of a cell the data's name, size and labels and the sections as well. So what is
+there is not made again, and what has changed is. Other libraries' versions stand in a cell and not in its key.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import json
-import subprocess
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,31 +22,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import clusterq
 from clusterq import bank
+from clusterq.ablation.table import SECTIONS
 from clusterq.allocator import keep_freed_memory
 from clusterq.config import ClusterQConfig
 from clusterq.data import EvaluationSet, evaluate, open_for
 from clusterq.errors import DataError, ModelError
 from clusterq.folders import write_file
 from clusterq.method import ClusterQ
-from clusterq.models import LoadedModel, load_model
-from clusterq.ops._build import build_record
-from clusterq.readers import read_json
+from clusterq.models import LoadedModel, file_sha256, load_model, runs_code
+from clusterq.readers import read_record
+from clusterq.records import NUMBER, TEXT_OR_NONE, first_wrong
 from clusterq.synthesis import Teacher
-from clusterq.versions import machine, now, versions
+from clusterq.versions import code_identity, machine, now, versions
 from clusterq.widths import Width
 
 FORMAT, FORMAT_VERSION = "clusterq-ablation-cell", 1
 CELLS, IMAGES = "cells", "synthesis"
 _KEY_LENGTH = 20
-# Code that reads settings, all of which are in the keys, or shows numbers: a change there makes nothing run again.
-_SHOWING = (
-    "ablation/page.py", "ablation/plot.py", "ablation/pool.py", "ablation/results.py", "ablation/run.py",
-    "ablation/table.py", "bank_quality.py", "cli.py", "cli_method.py", "cli_options.py", "diagnosis.py", "export.py",
-    "figures.py", "progress.py", "report.py",
-)  # fmt: skip
-_SHOWING_FOLDERS = ("deploy",)
+SAMPLES = ("synthesis", "finetune")
+SECONDS = ("synthesis", "calibration", "finetune", "total", "evaluation")
+# Of a cell: what results, page and picture rely on.
+_FIELDS: dict[str, Any] = {
+    "key": str, "bits": str, "seed": int, **{f"accuracy.{name}": NUMBER for name in SECTIONS},
+    "label_accuracy": NUMBER, "agreement": NUMBER, "images": int,
+    **{f"samples_seen.{name}": int for name in SAMPLES}, **{f"seconds.{name}": NUMBER for name in SECONDS},
+    "synthesis": TEXT_OR_NONE, "command": str, "created": str, "code.sha256": str, "code.commit": TEXT_OR_NONE,
+    **{f"versions.{name}": str for name in ("clusterq", "python", "torch")}, "machine.processor": str,
+    "machine.cpu_capability": str, "machine.cores": (int, type(None)),
+    "machine.threads": int, "machine.jobs": int, "machine.device": str, "machine.gpu": TEXT_OR_NONE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,13 @@ class Shared:
         model, weights, data: variables replaced.
         inputs: items for `load_model`.
         sections: name -> (first image, one past the last).
-        network_sha256: of the network's tensors, compared in every process.
+        network: what identifies the network and its input, see `network_identity`; compared in every process.
         data_sha256: of the set's name, size and labels.
+        environment: `clusterq.versions.environment` at this number of threads.
         threads, jobs, device: where it is computed; `jobs` processes at a time share the machine.
         folder: of the ablation.
         command: as typed.
-        code: see `code_identity`.
+        code: see `clusterq.versions.code_identity`.
     """
 
     model: str
@@ -69,8 +76,9 @@ class Shared:
     data: str
     inputs: tuple[tuple[str, Any], ...]
     sections: tuple[tuple[str, tuple[int, int]], ...]
-    network_sha256: str
+    network: tuple[tuple[str, Any], ...]
     data_sha256: str
+    environment: tuple[tuple[str, Any], ...]
     threads: int
     jobs: int
     device: str
@@ -82,7 +90,8 @@ class Shared:
     def numbers_depend_on(self) -> dict[str, Any]:
         """Part of every key."""
         return {
-            "network": self.network_sha256,
+            "network": dict(self.network),
+            "environment": dict(self.environment),
             "threads": self.threads,
             "device": self.device,
             "code": dict(self.code)["sha256"],
@@ -147,7 +156,7 @@ def carry_out(work: Work) -> None:
         raise ModelError("the code changed while the ablation was running; run the same command again")
     keep_freed_memory()
     torch.set_num_threads(work.shared.threads)
-    loaded, data = _opened(work.shared)
+    loaded, data = _opened_for(work.shared)
     if isinstance(work, SynthesisWork):
         _synthesise(work, loaded)
     else:
@@ -165,13 +174,17 @@ def bank_path(folder: Path, key: str) -> Path:
 
 
 def read_cell(folder: Path, key: str) -> dict[str, Any] | None:
-    """A finished cell, None where there is none. Raises DataError for a damaged file."""
+    """A finished cell, None where there is none. Raises DataError for a damaged file and one of something else."""
     path = cell_path(folder, key)
     if not path.is_file():
         return None
-    cell = read_json(path, DataError)
-    if not isinstance(cell, dict) or (cell.get("format"), cell.get("format_version")) != (FORMAT, FORMAT_VERSION):
-        raise DataError(f"{path} is not a cell of an ablation; remove it to have it made again")
+    try:
+        cell = read_record(path, DataError, format=FORMAT, version=FORMAT_VERSION, what="a cell of an ablation")
+        wrong = first_wrong(cell, _FIELDS)
+        if wrong is not None or cell["key"] != key:
+            raise DataError(f"{path} is damaged: {wrong or 'key'} is absent or not what it should be")
+    except DataError as error:
+        raise DataError(f"{error}; remove it to have it made again") from error
     return cell
 
 
@@ -202,32 +215,6 @@ def data_identity(data: EvaluationSet) -> str:
     return hashlib.sha256(f"{data.name} {len(data)}\n".encode() + labels).hexdigest()
 
 
-@functools.lru_cache(maxsize=1)
-def code_identity() -> tuple[tuple[str, str | None], ...]:
-    """`version`, `commit` of the checkout (None where there is none) and `sha256` of the code that makes numbers.
-
-    The hash stands for the commit in keys: it tells uncommitted changes too, and a commit to the documentation does not
-    make hours of rows run again. Code that only shows numbers is left out, compiled kernels are in by their sources.
-    """
-    package = Path(clusterq.__file__).resolve().parent
-    digest = hashlib.sha256(json.dumps(build_record().get("source_digest", {}), sort_keys=True).encode())
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package).as_posix()
-        if name not in _SHOWING and name.split("/", 1)[0] not in _SHOWING_FOLDERS:
-            digest.update(f"{name}\n".encode() + path.read_bytes())
-    return (("version", clusterq.__version__), ("commit", _commit(package.parent)), ("sha256", digest.hexdigest()))
-
-
-def _commit(folder: Path) -> str | None:
-    if not (folder / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
-
-
 def _key(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
@@ -237,15 +224,52 @@ def _at(config: ClusterQConfig, width: Width) -> ClusterQConfig:
     return replace(config, quantization=width.of(config.quantization))
 
 
+def opened(
+    model: str, weights: str | None, data: str, inputs: tuple[tuple[str, Any], ...]
+) -> tuple[LoadedModel, EvaluationSet]:
+    """Network and data, read once per process until `forget`; arguments as the attributes of `Shared`."""
+    return _opened(model, weights, data, inputs)
+
+
+def forget() -> None:
+    """What an earlier ablation of this process has read: its files may have changed since."""
+    _opened.cache_clear()
+    _read_bank.cache_clear()
+
+
+def network_identity(loaded: LoadedModel) -> tuple[tuple[str, Any], ...]:
+    """What numbers depend on of a network: specification, the Python file it comes from, tensors, input."""
+    file = loaded.source.model.rsplit(":", 1)[0] if runs_code(loaded.source.model) else None
+    facts: dict[str, Any] = {
+        "model": loaded.source.model,
+        "file_sha256": None if file is None else file_sha256(file),
+        "tensors_sha256": loaded.tensors_sha256,
+        "input_shape": loaded.input_shape,
+        "mean": loaded.mean,
+        "std": loaded.std,
+    }
+    return tuple(facts.items())
+
+
 @functools.lru_cache(maxsize=1)
-def _opened(shared: Shared) -> tuple[LoadedModel, EvaluationSet]:
-    """Network and data, once per process."""
-    loaded = load_model(shared.model, shared.weights, **dict(shared.inputs))
-    data = open_for(loaded, shared.data)
-    same = loaded.tensors_sha256 == shared.network_sha256
-    if not same or data_identity(data) != shared.data_sha256:
+def _opened(
+    model: str, weights: str | None, data: str, inputs: tuple[tuple[str, Any], ...]
+) -> tuple[LoadedModel, EvaluationSet]:
+    loaded = load_model(model, weights, **dict(inputs))
+    return loaded, open_for(loaded, data)
+
+
+def _opened_for(shared: Shared) -> tuple[LoadedModel, EvaluationSet]:
+    loaded, data = opened(shared.model, shared.weights, shared.data, shared.inputs)
+    if network_identity(loaded) != shared.network or data_identity(data) != shared.data_sha256:
         raise ModelError("the network or the data changed while the ablation was running")
     return loaded, data
+
+
+@functools.lru_cache(maxsize=1)
+def _read_bank(folder: Path) -> bank.Bank:
+    """Students of one row and seed come one after the other and differ in their width alone."""
+    return bank.read(folder)
 
 
 def _synthesise(work: SynthesisWork, loaded: LoadedModel) -> None:
@@ -269,22 +293,22 @@ def _train(work: StudentWork, loaded: LoadedModel, data: EvaluationSet) -> None:
         device=shared.device,
     )
     synthesis = work.synthesis
-    seconds, samples = 0.0, 0
+    part: Mapping[str, Any] | None = None
     if work.images is not None:
         method.use_images(*_unlabelled(method.teacher, data, *work.images))
     elif synthesis is not None:
-        stored = bank.read(bank_path(shared.folder, synthesis.key))
+        stored = _read_bank(bank_path(shared.folder, synthesis.key))
         method.use_images(stored.images, stored.labels)
-        seconds, samples = stored.record["parts"][0]["seconds"], stored.record["parts"][0]["samples_seen"]
+        part = stored.record["parts"][0]
     else:
-        start = time.perf_counter()
         method.synthesize()
-        seconds = time.perf_counter() - start
     for width in left:
         result = method.finetune(_at(work.config, width).quantization)
         start = time.perf_counter()
         accuracy = accuracy_by_section(result.student, data, dict(shared.sections), device=shared.device)
-        spent = {"synthesis": seconds, **{name: result.seconds[name] for name in ("calibration", "finetune")}}
+        spent = {name: result.seconds[name] for name in ("synthesis", "calibration", "finetune")}
+        if part is not None:
+            spent["synthesis"] = part["seconds"]
         cell = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -296,7 +320,7 @@ def _train(work: StudentWork, loaded: LoadedModel, data: EvaluationSet) -> None:
             "agreement": _agreement(result.student, method.teacher, result.images),
             "images": len(result.images),
             "samples_seen": {
-                "synthesis": samples or result.samples_seen["synthesis"],
+                "synthesis": result.samples_seen["synthesis"] if part is None else part["samples_seen"],
                 "finetune": result.samples_seen["finetune"],
             },
             "seconds": {**spent, "total": sum(spent.values()), "evaluation": time.perf_counter() - start},
@@ -305,7 +329,7 @@ def _train(work: StudentWork, loaded: LoadedModel, data: EvaluationSet) -> None:
             "created": now(),
             "code": dict(shared.code),
             "versions": versions(),
-            "machine": {**machine(), "device": shared.device, "jobs": shared.jobs},
+            "machine": {**machine(shared.device), "device": shared.device, "jobs": shared.jobs},
         }
         write_file(cell_path(shared.folder, work.key(width)), (json.dumps(cell, indent=2) + "\n").encode())
 

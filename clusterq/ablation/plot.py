@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clusterq.ablation.rows import all_bits, cells_at, mean_and_spread, plain_name
 from clusterq.errors import MissingPackageError, require
 from clusterq.figures import GRID, INK, MUTED, new_figure
 
@@ -21,18 +21,17 @@ def draw(results: Mapping[str, Any]) -> bytes | str:
     except MissingPackageError as error:
         return str(error)
     rows = [row for row in results["rows"] if row["cells"]]
-    widths = list(dict.fromkeys(bits for row in rows for bits in row["bits"]))
-    widths = [bits for bits in widths if any(cell["bits"] == bits for row in rows for cell in row["cells"])]
+    widths = [bits for bits in all_bits({"rows": rows}) if any(cells_at(row, bits) for row in rows)]
     if not widths:
         return "no row is finished"
-    longest = max(len(_name(row)) for row in rows)
+    longest = max(len(plain_name(row)) for row in rows)
     figure, axes = new_figure(
         len(widths), 1, 3.4 * len(widths) + 0.075 * longest + 0.3, 0.3 * len(rows) + 1.35, share_rows=True
     )
     full = results["float"][_SECTION]
     for plot, bits in zip(axes, widths, strict=True):
         _panel(plot, rows, bits, full)
-    axes[0].set_yticks(range(len(rows)), [_name(row) for row in rows], fontsize=8, color=INK)
+    axes[0].set_yticks(range(len(rows)), [plain_name(row) for row in rows], fontsize=8, color=INK)
     for label, row in zip(axes[0].get_yticklabels(), rows, strict=True):
         label.set_color(INK if row["data_free"] else _REAL)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
@@ -47,22 +46,17 @@ def draw(results: Mapping[str, Any]) -> bytes | str:
     return file.getvalue()
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return row["name"] if row["data_free"] else f"{row['name']} (not data-free)"
-
-
 def _panel(plot: Any, rows: Sequence[Mapping[str, Any]], bits: str, full: float) -> None:
     for place, row in enumerate(rows):
-        values = [cell["accuracy"][_SECTION] for cell in row["cells"] if cell["bits"] == bits]
+        values = [cell["accuracy"][_SECTION] for cell in cells_at(row, bits)]
         if not values:
             continue
         colour = _DATA_FREE if row["data_free"] else _REAL
-        mean = statistics.fmean(values)
-        if len(values) > 1:
+        mean, spread = mean_and_spread(values)
+        if spread is not None:
             # Above the line of the spread, which would hide them.
             above = [place - 0.24] * len(values)
             plot.scatter(values, above, s=10, color=colour, alpha=0.45, linewidths=0, zorder=2)
-            spread = statistics.stdev(values)
             plot.errorbar(mean, place, xerr=spread, color=colour, linewidth=1.4, capsize=3, zorder=3)
         plot.plot(
             [mean],

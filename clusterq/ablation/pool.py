@@ -62,14 +62,11 @@ def run_tasks(tasks: Sequence[Task], function: Callable[[Any], None], *, jobs: i
     workers: list[_Worker] = []
     try:
         while queue.waiting or any(worker.task is not None for worker in workers):
-            for worker in [worker for worker in workers if worker.task is None]:
-                if (task := queue.take()) is not None:
-                    worker.begin(task)
-            while len(workers) < jobs and (task := queue.take()) is not None:
-                workers.append(_Worker(function))
-                workers[-1].begin(task)
+            while sum(w.task is not None for w in workers) < jobs and (task := queue.take()) is not None:
+                _begin(task, workers, function, queue)
             busy: Mapping[Any, _Worker] = {worker.connection: worker for worker in workers if worker.task is not None}
-            for connection in wait(list(busy)):
+            # None where every process ended before it got its task: to wait for nothing would be to wait for ever.
+            for connection in wait(list(busy)) if busy else []:
                 worker = busy[connection]
                 task, error, alive = worker.finish()
                 if not alive:
@@ -79,6 +76,21 @@ def run_tasks(tasks: Sequence[Task], function: Callable[[Any], None], *, jobs: i
         for worker in workers:
             worker.stop()
     return queue.failed
+
+
+def _begin(task: Task, workers: list[_Worker], function: Callable[[Any], None], queue: _Queue) -> None:
+    """Give a task to an idle process, or to a new one where there is none that lives."""
+    while (idle := next((worker for worker in workers if worker.task is None), None)) is not None:
+        if idle.begin(task):
+            return
+        workers.remove(idle)
+        idle.stop()
+    worker = _Worker(function)
+    if worker.begin(task):
+        workers.append(worker)
+    else:
+        queue.end(task, worker.how_it_ended())
+        worker.stop()
 
 
 class _Queue:
@@ -121,9 +133,14 @@ class _Worker:
         theirs.close()
         self.task: Task | None = None
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: Task) -> bool:
+        """Send a task; False: the process has ended, and the task has not begun."""
+        try:
+            self.connection.send(task.work)
+        except OSError:
+            return False
         self.task = task
-        self.connection.send(task.work)
+        return True
 
     def finish(self) -> tuple[Task, str | None, bool]:
         """The task whose end was reported, why it failed, and whether the process lives on."""
@@ -131,9 +148,14 @@ class _Worker:
         assert task is not None
         try:
             return task, self.connection.recv(), True
-        except EOFError:
-            self.process.join()
-            return task, f"its process ended with code {self.process.exitcode}", False
+        # The latter where the process ended with work that it had not read.
+        except (EOFError, OSError):
+            return task, self.how_it_ended(), False
+
+    def how_it_ended(self) -> str:
+        """A sentence; waits for the end."""
+        self.process.join()
+        return f"its process ended with code {self.process.exitcode}"
 
     def stop(self) -> None:
         if self.task is not None:
@@ -149,7 +171,7 @@ def _serve(connection: Connection, function: Callable[[Any], None]) -> None:
     while True:
         try:
             work = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         connection.send(_attempt(function, work))
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import json
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clusterq.ablation import plot
-from clusterq.ablation.cells import Shared, StudentWork, read_cell
+from clusterq.ablation.cells import SAMPLES, SECONDS, Shared, StudentWork, read_cell
 from clusterq.ablation.table import Table
 from clusterq.data import EvaluationSet
 from clusterq.errors import DataError
 from clusterq.folders import write_file
-from clusterq.readers import read_json
+from clusterq.readers import read_record
 from clusterq.versions import machine, now, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-ablation", 1
@@ -85,14 +84,18 @@ def gather(
         "float": dict(full),
         "rows": rows,
         "failed": failed,
-        "machine": {**machine(), "device": shared.device, "threads": shared.threads, "jobs": shared.jobs},
+        "machine": {**machine(shared.device), "device": shared.device, "threads": shared.threads, "jobs": shared.jobs},
         "versions": versions(),
         "code": dict(shared.code),
     }
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> str:
-    """`results.json`, `results.csv` and `results.png`; returns a sentence on the picture, which may not be drawn."""
+    """`results.json`, `results.csv` and `results.png`; returns a sentence on the picture, which may not be drawn.
+
+    A picture of earlier numbers goes first: it never lies beside new ones.
+    """
+    (folder / PICTURE).unlink(missing_ok=True)
     write_file(folder / JSON, (json.dumps(results, indent=2) + "\n").encode())
     write_file(folder / CSV, as_csv(results).encode())
     picture = plot.draw(results)
@@ -104,14 +107,8 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> str:
 
 def read_results(path: Path) -> dict[str, Any]:
     """A result from its file. Raises DataError for anything else and OSError when it cannot be read."""
-    results = read_json(path, DataError)
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise DataError(f"{path} is not a result of `clusterq ablate`")
-    if results.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has result format {results.get('format_version')!r}; this version reads {FORMAT_VERSION}"
-        )
-    return results
+    what = "a result of `clusterq ablate`"
+    return read_record(path, DataError, format=FORMAT, version=FORMAT_VERSION, what=what)
 
 
 def as_csv(results: Mapping[str, Any]) -> str:
@@ -135,8 +132,8 @@ def as_csv(results: Mapping[str, Any]) -> str:
                     "label_accuracy": cell["label_accuracy"],
                     "agreement": cell["agreement"],
                     "image_count": cell["images"],
-                    **{f"samples_{phase}": count for phase, count in cell["samples_seen"].items()},
-                    **{f"seconds_{phase}": round(value, 3) for phase, value in cell["seconds"].items()},
+                    **{f"samples_{phase}": cell["samples_seen"][phase] for phase in SAMPLES},
+                    **{f"seconds_{phase}": round(cell["seconds"][phase], 3) for phase in SECONDS},
                     "synthesis": cell["synthesis"] or "",
                     "preset": row["preset"],
                     "settings": " ".join([*common["base"], *row["settings"], *common["command"]]),
@@ -145,7 +142,7 @@ def as_csv(results: Mapping[str, Any]) -> str:
                     "data": results["data"]["name"],
                     "data_sha256": results["data"]["sha256"],
                     **{name: cell["machine"][name] for name in ("processor", "cores", "threads", "jobs", "device")},
-                    **{name: cell["versions"].get(name, "") for name in ("clusterq", "python", "torch")},
+                    **{name: cell["versions"][name] for name in ("clusterq", "python", "torch")},
                     "commit": cell["code"]["commit"] or "",
                     "code_sha256": cell["code"]["sha256"],
                     "key": cell["key"],
@@ -159,22 +156,6 @@ def as_csv(results: Mapping[str, Any]) -> str:
         writer.writeheader()
         writer.writerows(lines)
     return text.getvalue()
-
-
-def cells_at(row: Mapping[str, Any], bits: str) -> list[Mapping[str, Any]]:
-    """Cells of a row at one width, one per seed."""
-    return [cell for cell in row["cells"] if cell["bits"] == bits]
-
-
-def all_bits(results: Mapping[str, Any]) -> list[str]:
-    """Every width of the table in the order of its rows."""
-    return list(dict.fromkeys(bits for row in results["rows"] for bits in row["bits"]))
-
-
-def mean_and_spread(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1); None for one value, which has no spread."""
-    numbers = list(values)
-    return statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None
 
 
 def _overlapping(section: tuple[int, int], sections: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -25,24 +25,30 @@ from clusterq.ablation.cells import (
     bank_path,
     carry_out,
     cell_path,
-    code_identity,
     data_identity,
+    forget,
+    network_identity,
+    opened,
     read_cell,
 )
 from clusterq.ablation.pool import Task, run_tasks
 from clusterq.ablation.results import gather, write_results
 from clusterq.ablation.table import Row, Table, expand, section_range
-from clusterq.data import EvaluationSet, open_for
+from clusterq.data import EvaluationSet
 from clusterq.errors import DataError, OutputError
 from clusterq.folders import write_file
-from clusterq.models import LoadedModel, load_model
+from clusterq.models import LoadedModel
 from clusterq.readers import read_json
+from clusterq.records import NUMBER, first_wrong
+from clusterq.versions import code_identity, environment
 
 Notify = Callable[[str], None]
 
 
-def default_jobs(threads: int) -> int:
-    """Processes of so many threads that this process's cores hold, at least one."""
+def default_jobs(threads: int, device: str) -> int:
+    """Processes of so many threads that this process's cores hold, at least one; on a GPU one, which has all of it."""
+    if device != "cpu":
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
 
@@ -68,8 +74,9 @@ def run_table(
         KeyboardInterrupt: finished cells stay.
     """
     _check_folder(output)
+    forget()
     torch.set_num_threads(table.threads)
-    loaded, data, shared = _open(table, output, jobs or default_jobs(table.threads), device, command)
+    loaded, data, shared = _open(table, output, jobs or default_jobs(table.threads, device), device, command)
     works = {row.name: _works(row, table, shared, len(data)) for row in table.rows}
     tasks = _tasks(works, output)
     full = _float_accuracy(loaded, data, shared)
@@ -95,16 +102,18 @@ def _open(
 ) -> tuple[LoadedModel, EvaluationSet, Shared]:
     model, data_name = expand(table.model), expand(table.data)
     weights = None if table.weights is None else expand(table.weights)
-    loaded = load_model(model, weights, **table.inputs)
-    data = open_for(loaded, data_name)
+    inputs = tuple(table.inputs.items())
+    loaded, data = opened(model, weights, data_name, inputs)
     shared = Shared(
         model,
         weights,
         data_name,
-        tuple(table.inputs.items()),
+        inputs,
         tuple((name, section_range(section, len(data))) for name, section in table.sections.items()),
-        loaded.tensors_sha256,
+        network_identity(loaded),
         data_identity(data),
+        # Of the number of threads that has just been set.
+        tuple(environment(device).items()),
         table.threads,
         jobs,
         device,
@@ -130,22 +139,27 @@ def _works(row: Row, table: Table, shared: Shared, images: int) -> list[StudentW
 
 
 def _tasks(works: dict[str, list[StudentWork]], output: Path) -> list[Task]:
-    """What is left: every bank once, before the first student that needs it, and every student once."""
+    """What is left: every bank once, before the first student that needs it, and every student once.
+
+    Rows may share a cell, and those with several widths in one piece only some of theirs: each piece is what no earlier
+    one makes.
+    """
     tasks: dict[str, Task] = {}
+    planned: set[str] = set()
     for name, students in works.items():
         for work in students:
-            left = [width for width in work.widths if read_cell(output, work.key(width)) is None]
+            keys = {width: work.key(width) for width in work.widths}
+            left = tuple(w for w, key in keys.items() if key not in planned and read_cell(output, key) is None)
             if not left:
                 continue
+            planned.update(keys[width] for width in left)
             synthesis = work.synthesis
             needs = None
             if synthesis is not None and not bank_path(output, synthesis.key).exists():
                 needs = synthesis.key
                 tasks.setdefault(needs, Task(f"images of {name}, seed {work.config.seed}", synthesis))
-            own = Task(
-                f"{name}, {' '.join(map(str, left))}, seed {work.config.seed}", work, needs and tasks[needs].name
-            )
-            tasks.setdefault(work.key(left[0]), own)
+            label = f"{name}, {' '.join(map(str, left))}, seed {work.config.seed}"
+            tasks[label] = Task(label, replace(work, widths=left), needs and tasks[needs].name)
     return list(tasks.values())
 
 
@@ -156,7 +170,7 @@ def _keys(work: SynthesisWork | StudentWork) -> list[str]:
 def _said(task: Task, output: Path) -> str:
     """What a finished task found."""
     if isinstance(task.work, SynthesisWork):
-        record = bank.read(bank_path(output, task.work.key)).record
+        record = bank.read_record(bank_path(output, task.work.key))
         return f"{record['images']['count']} in {record['parts'][0]['seconds']:.0f} s"
     found = []
     for key in _keys(task.work):
@@ -170,13 +184,16 @@ def _said(task: Task, output: Path) -> str:
 def _float_accuracy(loaded: LoadedModel, data: EvaluationSet, shared: Shared) -> dict[str, float]:
     """Top-1 of the network in floating point by section, measured once per folder."""
     sections = dict(shared.sections)
-    identity = {"network": shared.network_sha256, "data": shared.data_sha256, "sections": shared.sections}
+    identity = {**shared.numbers_depend_on, "data": shared.data_sha256, "sections": shared.sections}
     # As JSON reads it back: tuples are lists there.
     identity = json.loads(json.dumps(identity))
     path = cell_path(shared.folder, "float")
     if path.is_file():
         known = read_json(path, DataError)
-        if isinstance(known, dict) and known.get("identity") == identity:
+        wrong = first_wrong(known, {"identity": dict, **{f"accuracy.{name}": NUMBER for name in sections}})
+        if wrong is not None:
+            raise DataError(f"{path} is damaged: {wrong} is absent or of another type; remove it to have it made again")
+        if known["identity"] == identity:
             return {name: float(known["accuracy"][name]) for name in sections}
     accuracy = accuracy_by_section(loaded.model.to(shared.device), data, sections, device=shared.device)
     write_file(path, (json.dumps({"identity": identity, "accuracy": accuracy}, indent=2) + "\n").encode())

@@ -29,6 +29,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -39,13 +40,18 @@ from typing import Any
 
 from clusterq.config import ClusterQConfig, preset
 from clusterq.errors import ClusterQError, MissingPackageError, require
+from clusterq.readers import first_line, read_limited
+from clusterq.records import is_text
 from clusterq.settings import override
 from clusterq.widths import Width
 
-_SECTION_NAMES = ("choose", "report", "all")
+# Parts of the data that every table measures on.
+SECTIONS = ("choose", "report", "all")
 _INPUT_KEYS = ("input_size", "normalization", "mean", "std")
 _BASE_KEYS = ("model", "weights", "data", *_INPUT_KEYS, "preset", "bits", "settings", "seeds", "threads", "evaluate")
 _ROW_KEYS = ("name", "preset", "bits", "settings", "images")
+# Of a file: a few names in YAML can stand for more values than memory holds.
+_BYTES, _VALUES, _DEPTH = 1 << 20, 100_000, 32
 
 
 class TableError(ClusterQError, ValueError):
@@ -114,8 +120,9 @@ def read_table(path: Path, *, assignments: Sequence[str] = (), seeds: Sequence[i
         MissingPackageError: the parser of the file's format is not installed.
         OSError: the file cannot be read.
     """
-    content = path.read_bytes()
+    content = read_limited(path, TableError, limit=_BYTES)
     data = _parse(path, content)
+    _require_plain(data, path.name)
     if not isinstance(data, dict) or set(data) - {"base", "row"} or not isinstance(data.get("base"), dict):
         raise TableError(f"{path.name}: wanted one [base] and one or more [[row]], nothing else")
     base, rows = data["base"], data.get("row")
@@ -164,7 +171,7 @@ def section_range(section: str, total: int) -> tuple[int, int]:
     if section in named:
         start, stop = named[section]
     else:
-        match = re.fullmatch(r"(\d+):(\d+)", section)
+        match = re.fullmatch(r"(\d{1,18}):(\d{1,18})", section)
         if match is None:
             raise TableError(f"section {section!r}: wanted 'first half', 'second half', 'all' or FIRST:END")
         start, stop = int(match[1]), int(match[2])
@@ -189,8 +196,11 @@ def _parse(path: Path, content: bytes) -> Any:
         parser = _toml_parser()
         try:
             return parser.loads(content.decode())
-        except (parser.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise TableError(f"{path.name} is not a TOML file: {error}") from error
+        # TOMLDecodeError and UnicodeDecodeError are ValueErrors, as is what numbers and dates without end raise.
+        except ValueError as error:
+            raise TableError(f"{path.name} is not a TOML file: {first_line(error)}") from error
+        except RecursionError:
+            raise TableError(f"{path.name} is nested too deeply") from None
     if path.suffix in (".yaml", ".yml"):
         if importlib.util.find_spec("yaml") is None:
             raise MissingPackageError(
@@ -200,9 +210,40 @@ def _parse(path: Path, content: bytes) -> Any:
         yaml = importlib.import_module("yaml")
         try:
             return yaml.safe_load(content)
-        except yaml.YAMLError as error:
+        except RecursionError:
+            raise TableError(f"{path.name} is nested too deeply") from None
+        # All but the first for numbers, dates and the like that are none.
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise TableError(f"{path.name} is not a YAML file: {' '.join(str(error).split())}") from error
     raise TableError(f"{path.name}: wanted a table that ends in .toml or .yaml")
+
+
+def _require_plain(data: Any, name: str) -> None:
+    """Raises TableError for what results cannot hold (dates, keys that are no text, huge numbers), depth and bulk."""
+    level, values = [data], 0
+    for _ in range(_DEPTH):
+        for value in level:
+            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                raise TableError(f"{name}: a key of a table is {next(k for k in value if not isinstance(k, str))!r}")
+            if not isinstance(value, (dict, list, str, int, float, type(None))):
+                raise TableError(f"{name}: {value!r} is a {type(value).__name__}; wanted text, a number, true or false")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise TableError(f"{name}: a number is {value}; wanted a finite one")
+            if isinstance(value, int) and abs(value) >= 1 << 63:
+                raise TableError(f"{name}: a whole number has more than 64 bits")
+            if isinstance(value, str) and not is_text(value):
+                raise TableError(f"{name}: {value!r} holds half a pair of surrogates")
+        inside = [value.values() if isinstance(value, dict) else value for value in level if _is_nested(value)]
+        values += sum(map(len, inside))
+        if values > _VALUES:
+            raise TableError(f"{name} has more than {_VALUES} values")
+        level = [part for parts in inside for part in parts]
+    if level:
+        raise TableError(f"{name} is nested too deeply")
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (dict, list))
 
 
 def _toml_parser() -> Any:
@@ -268,11 +309,11 @@ def _text(value: Any) -> str:
 def _sections(evaluate: Any, where: str) -> dict[str, str]:
     if not isinstance(evaluate, Mapping):
         raise TableError(f"{where}: wanted a table of sections, such as {{ choose = 'first half', report = '2:4' }}")
-    _known(evaluate, _SECTION_NAMES, where)
+    _known(evaluate, SECTIONS, where)
     for name in ("choose", "report"):
         if name not in evaluate:
             raise TableError(f"{where}: {name} is missing; choosing and reporting are done on different images")
-    sections = {name: _typed(evaluate.get(name, "all"), str, f"{where} {name}") for name in _SECTION_NAMES}
+    sections = {name: _typed(evaluate.get(name, "all"), str, f"{where} {name}") for name in SECTIONS}
     for section in sections.values():
         # Only whether it can be read: how many images there are is not known yet.
         section_range(section, sys.maxsize)

@@ -105,6 +105,22 @@ class Teacher:
         var = torch.cat([layer.var for layer in layers], 1)
         return TeacherOutput(logits, mean.float(), var.float())
 
+    def require_fit(self, images: Tensor, labels: Tensor) -> None:
+        """Raises ValueError unless images are [N, C, H, W] of its shape and labels [N] int64 in [0, K), with N >= 1."""
+        if tuple(images.shape[1:]) != self.input_shape or len(images) == 0:
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; wanted [N, {self.input_shape}] with at least one image"
+            )
+        if labels.dtype != torch.int64:
+            raise ValueError(f"labels has dtype {labels.dtype}; wanted torch.int64")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}; wanted one label for each of the {len(images)} images"
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < self.num_classes:
+            raise ValueError(f"labels range from {low} to {high}; wanted 0 to {self.num_classes - 1}")
+
     @torch.no_grad()
     def label_accuracy(self, images: Tensor, labels: Tensor, *, batch_size: int = 256) -> float:
         """Fraction of images [N, C, H, W] that the network assigns to their label [N]; 0 for no images."""
