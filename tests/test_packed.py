@@ -141,6 +141,17 @@ def test_scheme_deploy(settings: dict[str, Any], tmp_path: Path) -> None:
     assert float((codes[2:] - codes[2:].round()).abs().max()) < 1e-3 * float(codes[2:].abs().max())
 
 
+def test_scheme_deploy_with_parts_that_stay_in_floating_point(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no form in integers"):
+        twin = twin_of(Net(), scheme="deploy")
+    save_packed(twin, tmp_path / "net", input_shape=SHAPE)
+    with pytest.warns(UserWarning, match="no form in integers"):
+        network = load_packed(tmp_path / "net").network(Net())
+    x = torch.randn(9, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(network(x), twin(x))
+
+
 def test_weights_load_into_the_users_own_network(tmp_path: Path) -> None:
     twin = twin_of(Net(), weight_bits=3)
     save_packed(twin, tmp_path / "net", input_shape=SHAPE)

@@ -36,6 +36,14 @@ _MOVING = {
 }
 
 
+def _keeps_codes(node: fx.Node) -> bool:
+    """Whether a moving operator puts nothing but zeros beside the codes: padding takes any number."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return True
+    a = arguments(node)
+    return a.get("mode", "constant") != "constant" or not a["value"]
+
+
 @dataclass(frozen=True)
 class IntegerLayer:
     """A layer with the BatchNorm behind it.
@@ -114,7 +122,7 @@ class DeployConverter(Converter):
 
     def _convert(self, node: fx.Node) -> Any:
         source: Any = node.args[0] if node.args else None
-        if node.target in _MOVING and source in self.coded:
+        if node.target in _MOVING and source in self.coded and _keeps_codes(node):
             return self._moved(node, source)
         if node.target is aten.mean.dim and self._is_global(node):
             self._squeezed[node] = [] if arguments(node)["keepdim"] else [2, 3]

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
-from clusterq.qat.trace import function_activation, module_activation
+from clusterq.qat.trace import function_activation, module_activation, overwritten
 
 Place = Literal[
     "source",
@@ -64,6 +64,12 @@ _METHODS: dict[str, Place] = {
     "add_": "add",
     "mul": "mul",
     "mul_": "mul",
+}
+# Results that may lie in the memory of what they were made of.
+_VIEWS = {
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "narrow"),
+    *("select", "view_as", "unflatten", "contiguous", "detach", "getitem", "dropout", "dropout2d"),
+    *("feature_alpha_dropout", "stochastic_depth"),
 }
 _FUNCTIONS: dict[Any, Place] = {
     **dict.fromkeys((functional.dropout, functional.dropout2d, functional.feature_alpha_dropout), "passing"),
@@ -137,7 +143,24 @@ class Places:
         both = len([a for a in node.args[:2] if isinstance(a, fx.Node)]) == 2
         if place in ("add", "mul") and not (both and not node.kwargs):
             return "other"
+        if place in ("add", "mul", "cat") and any(self._is_constant(a) for a in operands(node, place)):
+            return "other"
+        # What else lies in that memory changes too.
+        overwrites = overwritten(node)
+        if overwrites is not None and self.is_view(overwrites):
+            return "other"
         return place
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        """Whether a tensor is a parameter or buffer, moved or not, which has no codes."""
+        return origin(node, self).op == "get_attr"
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a tensor may lie in the memory of another that the network reads, too."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return self[node] == "passing" or isinstance(module, (nn.Flatten, nn.Unflatten))
+        return self[node] in ("passing", "moving") and str(getattr(node.target, "__name__", node.target)) in _VIEWS
 
 
 def _module_place(module: nn.Module) -> Place:
@@ -173,7 +196,7 @@ def operands(node: fx.Node, place: Place) -> list[fx.Node]:
         return [a for a in node.args[:2] if isinstance(a, fx.Node)]
     if place == "cat":
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]
-        return list(tensors)
+        return [tensors] if isinstance(tensors, fx.Node) else list(tensors)
     if place in ("size", "source"):
         return []
     if place == "result":
