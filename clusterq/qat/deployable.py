@@ -169,7 +169,8 @@ def _out_of_place(node: fx.Node, places: Places) -> None:
     or is seen through.
     """
     first = overwritten(node)
-    if first is None:
+    # A buffer that counts calls goes on counting.
+    if first is None or first.op == "get_attr":
         return
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     if all(order[user] <= order[node] for alias in _aliases(first, node, places) for user in alias.users):

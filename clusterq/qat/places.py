@@ -105,6 +105,8 @@ class Places:
     def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self._places: dict[fx.Node, Place] = {}
+        # Parameters, buffers, and what is made of them alone: they have no codes.
+        self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             self.note(node)
 
@@ -113,7 +115,15 @@ class Places:
 
     def note(self, node: fx.Node) -> None:
         """Find the place of a node, new or changed; those it reads are known."""
+        if self._is_constant(node):
+            self._constants.add(node)
         self._places[node] = self._find(node)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method"):
+            return node.op == "get_attr"
+        reads = [read for read in node.all_input_nodes if self._places[read] != "size"]
+        return bool(reads) and all(read in self._constants for read in reads)
 
     def _find(self, node: fx.Node) -> Place:
         if node.op == "placeholder":
@@ -132,6 +142,8 @@ class Places:
         else:
             function = node.target
             place = _FUNCTIONS.get(function, "other")
+        if node in self._constants:
+            return place if place == "size" else "other"
         if place == "other" and getattr(function, "__name__", "") == "stochastic_depth":
             return "passing"
         if place == "other" and function_activation(node):
@@ -143,17 +155,13 @@ class Places:
         both = len([a for a in node.args[:2] if isinstance(a, fx.Node)]) == 2
         if place in ("add", "mul") and not (both and not node.kwargs):
             return "other"
-        if place in ("add", "mul", "cat") and any(self._is_constant(a) for a in operands(node, place)):
+        if place in ("add", "mul", "cat") and any(a in self._constants for a in operands(node, place)):
             return "other"
         # What else lies in that memory changes too.
         overwrites = overwritten(node)
         if overwrites is not None and self.is_view(overwrites):
             return "other"
         return place
-
-    def _is_constant(self, node: fx.Node) -> bool:
-        """Whether a tensor is a parameter or buffer, moved or not, which has no codes."""
-        return origin(node, self).op == "get_attr"
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether a tensor may lie in the memory of another that the network reads, too."""
