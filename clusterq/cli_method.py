@@ -114,8 +114,8 @@ def _bank_config(options: argparse.Namespace, earlier: Any) -> ClusterQConfig:
 def _inspect(options: argparse.Namespace, device: str) -> int:
     from clusterq import bank
     from clusterq.bank_quality import describe, inspect_images
-    from clusterq.checkpoint import REBUILT
     from clusterq.models import load_model
+    from clusterq.records import REBUILT
     from clusterq.synthesis import Teacher
 
     for name in ("output", "seed", "preset", "set", "overwrite"):

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clusterq import ops
 from clusterq.deploy._onnx_codes import checked_grid
 from clusterq.errors import ModelError
-from clusterq.nn.folding import integer_norm_of, offset_of, on_grid
+from clusterq.nn.folding import NORM_PARTS, integer_norm_of, offset_of, on_grid
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from clusterq.method import Result
 
 __all__ = ["ActivationGrid", "CodedWeight", "FixedQuantizer", "Numbers", "convert", "numbers_of"]
-
-_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class CodedWeight:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """How a tensor is quantized: value = (code - zero_point) * scale, code = clamp(round(x / scale) + zero_point).
+    """How a tensor is quantized: code = clamp(round(x * (1 / scale)) + zero_point), value = (code - zero_point) * scale.
 
     Attributes:
         scale: float32 [1], positive.
@@ -91,7 +89,11 @@ class Numbers:
     tensors: Mapping[str, Tensor]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the network in floating point, its weights dequantized: for `load_state_dict`."""
+        """Parameters and buffers by the names of the network in floating point, its weights dequantized.
+
+        For `load_state_dict`; in scheme deploy layers whose bias went into a BatchNorm have none, and that of
+        `convert`'s result is the network these fit.
+        """
         return {**{name: weight.dequantized() for name, weight in self.weights.items()}, **self.tensors}
 
 
@@ -190,11 +192,11 @@ def parts_of(twin: nn.Module) -> Parts:
             apart.add(f"{name}.num_batches_tracked")
             if integer_norm_of(module) is not None:
                 folded[name] = module
-                apart |= {f"{name}.{key}" for key in _NORM}
+                apart |= {f"{name}.{key}" for key in NORM_PARTS}
     if not weights:
         raise ModelError(f"{type(twin).__name__} is not quantized; wanted what clusterq.prepare made")
     names = [name for name in twin.state_dict() if name not in apart]
-    return Parts(weights, activations, folded, (*names, *(f"{name}.{key}" for name in folded for key in _NORM)))
+    return Parts(weights, activations, folded, (*names, *(f"{name}.{key}" for name in folded for key in NORM_PARTS)))
 
 
 def norm_eps(norm: Any) -> float:
@@ -265,7 +267,7 @@ def _folded(norm: Any) -> dict[str, Tensor]:
     gain, offset = (value.detach() for value in norm.gain_and_offset())
     gain = torch.where(numbers.gain == 0, 0.0, gain)
     values = (gain, on_grid(offset, numbers), torch.zeros_like(gain), torch.ones_like(gain))
-    return dict(zip(_NORM, values, strict=True))
+    return dict(zip(NORM_PARTS, values, strict=True))
 
 
 def _fixed(name: str, quantizer: ActivationQuantizer) -> ActivationGrid:

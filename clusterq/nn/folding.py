@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
     from clusterq.nn.quantizers import ActivationQuantizer
 
+# A BatchNorm's tensors in the order in which formulas and files take them.
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 _LARGEST_CODE = 2.0**30
 _SMALLEST_SCALE = 2.0**-60
 _CODE_OF_CONSTANT = 2.0**20

@@ -105,7 +105,7 @@ def prepared_with(prepared: nn.Module) -> QuantizationConfig:
 def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...], QuantizationConfig]:
     rows: Any = getattr(prepared, "_quantization", None)
     if rows is None:
-        raise ValueError(f"{type(prepared).__name__} does not come from clusterq.prepare")
+        raise ModelError(f"{type(prepared).__name__} does not come from clusterq.prepare")
     return rows  # type: ignore[no-any-return]
 
 
