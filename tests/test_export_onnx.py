@@ -19,7 +19,7 @@ import clusterq
 from clusterq.cli import main
 from clusterq.config import QuantizationConfig
 from clusterq.data import open_for
-from clusterq.deploy._onnx_codes import checked_grid
+from clusterq.deploy._grids import checked_grid
 from clusterq.deploy._onnx_runtime import agreement, integer_kernels
 from clusterq.deploy.onnx import OnnxExport, export_onnx
 from clusterq.errors import MissingPackageError, ModelError, OutputError

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from clusterq.deploy import _onnx_aten, _onnx_integer
+from clusterq.deploy._grids import Grid
 from clusterq.deploy._onnx_aten import arguments, aten
-from clusterq.deploy._onnx_codes import Grid, StoredWeight, folded, refined, stored_weight
+from clusterq.deploy._onnx_codes import StoredWeight, folded, refined, stored_weight
 from clusterq.deploy._onnx_graph import GraphWriter
 from clusterq.errors import ModelError
 from clusterq.nn.folding import NORM_PARTS
