@@ -21,12 +21,12 @@ from torch.nn import functional
 
 import clusterq
 from clusterq.config import QuantizationConfig
-from clusterq.data import open_for
+from clusterq.data import EvaluationSet
 from clusterq.deploy import load_packed, save_packed
 from clusterq.deploy._packed_record import check_readable, read_record
 from clusterq.deploy.packed import theoretical_bytes
 from clusterq.errors import CheckpointError, ModelError, OutputError
-from clusterq.models import Source, load_model
+from clusterq.models import LoadedModel, Source
 from clusterq.networks import resnet20
 from clusterq.nn import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, set_quantization
 from clusterq.qat import calibrate
@@ -261,12 +261,9 @@ def test_size_of_a_larger_network(tmp_path: Path) -> None:
     assert sum(_sizes(tmp_path / "net")) < 1.003 * theoretical_bytes(written.numbers)
 
 
-def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
-    networks = data_dir / "networks"
-    weights = str(networks / "cifar10_resnet20.pt")
-    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
-    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
-    batches = [x for x, _ in data.batches(250, 1000)]
+def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path) -> None:
+    loaded, images = cifar10
+    batches = [x for x, _ in images.batches(250, 1000)]
     twin = clusterq.prepare(loaded.model, QuantizationConfig(weight_bits=3, activation_bits=5))
     calibrate(twin, batches[0])
     save_packed(twin, tmp_path / "net", input_shape=loaded.input_shape)

@@ -80,5 +80,5 @@ def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -
     """Puts other modules in the place of some, wherever they are held, in place."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child in replaced:
+            if child is not None and child in replaced:
                 parent._modules[name] = replaced[child]
