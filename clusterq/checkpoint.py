@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from clusterq import readers
 from clusterq.config import ClusterQConfig
-from clusterq.errors import CheckpointError, require
+from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
-from clusterq.models import Source, build_model, file_sha256, output_classes
+from clusterq.models import Source, file_sha256, output_classes
+from clusterq.network_record import NetworkRecord, fields_checked, rebuilt_twin, shared_fields
+from clusterq.readers import read_record as read_json_record
 from clusterq.readers import read_safetensors
 
 if TYPE_CHECKING:
@@ -29,35 +29,18 @@ if TYPE_CHECKING:
 FORMAT = "clusterq-checkpoint"
 FORMAT_VERSION = 1
 TENSORS, RECORD = "model.safetensors", "checkpoint.json"
-# Kinds of source whose architecture comes from an installed package. A Python file named by a checkpoint is never run.
-REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
-# Of one image and of a network: larger ones would take gigabytes before the first tensor is compared.
-_MAX_PIXELS, _MAX_CLASSES = 1 << 27, 1 << 20
 
 
-@dataclass(frozen=True)
-class CheckpointRecord:
-    """What `checkpoint.json` says.
+@dataclass(frozen=True, kw_only=True)
+class CheckpointRecord(NetworkRecord):
+    """What `checkpoint.json` says, beside what every record does.
 
     Attributes:
         config: all settings, with the seed.
-        input_shape: channels, height, width of one image.
-        num_classes: length of the output.
-        source: where the network in floating point came from; None when it was handed over as a module.
-        mean, std: normalisation of pixels in 0..1.
-        tensors_sha256: of `model.safetensors`.
-        versions: of Python, torch and this package at the time of saving.
         extra: anything else the caller stored; plain JSON values.
     """
 
     config: ClusterQConfig
-    input_shape: tuple[int, int, int]
-    num_classes: int
-    source: Source | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    tensors_sha256: str
-    versions: Mapping[str, str]
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -83,6 +66,7 @@ def save(
 
     Raises:
         TypeError: a network without `config` or `input_shape`.
+        ModelError: a network that cannot run on such images, or that `load` would refuse.
         OutputError: the folder exists or cannot be written.
     """
     from clusterq.method import Result
@@ -129,20 +113,22 @@ def write_checkpoint(
     # Bytes written by Python: a full disk is then an OSError like everywhere else.
     # One entry of metadata: several would be written in random order, and the same network shall give the same bytes.
     (folder / TENSORS).write_bytes(safetensors.save(state, {"format": f"{FORMAT} {FORMAT_VERSION}"}))
-    record = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "tensors_sha256": file_sha256(folder / TENSORS),
-        "config": config.to_dict(),
-        "input_shape": list(input_shape),
-        "num_classes": num_classes,
-        "source": asdict(source) if source is not None else None,
-        "mean": list(mean),
-        "std": list(std),
-        "versions": versions(),
-        "extra": dict(extra or {}),
-    }
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    record = CheckpointRecord(
+        input_shape=input_shape,
+        num_classes=num_classes,
+        source=source,
+        mean=mean,
+        std=std,
+        tensors_sha256=file_sha256(folder / TENSORS),
+        versions=versions(),
+        config=config,
+        extra=dict(extra or {}),
+    )
+    data = record.shared_json() | {"config": config.to_dict(), "extra": record.extra}
+    head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    with fields_checked("the network cannot be saved", ModelError):
+        shared_fields(json.loads(json.dumps(data)))
+    (folder / RECORD).write_text(json.dumps(head | data, indent=2) + "\n")
 
 
 def read_record(path: str | Path) -> CheckpointRecord:
@@ -155,35 +141,11 @@ def read_record(path: str | Path) -> CheckpointRecord:
     if not file.is_file():
         raise CheckpointError(f"{path} is not a checkpoint: it has no {RECORD}")
     what = "the record of a checkpoint"
-    data = readers.read_record(file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what=what)
-    try:
-        channels, height, width = (int(v) for v in data["input_shape"])
-        if min(channels, height, width) < 1 or channels * height * width > _MAX_PIXELS:
-            raise ValueError(f"input_shape is {data['input_shape']}; wanted up to {_MAX_PIXELS} positive pixels")
-        if not 2 <= int(data["num_classes"]) <= _MAX_CLASSES:
-            raise ValueError(f"num_classes is {data['num_classes']}; wanted 2 to {_MAX_CLASSES}")
+    data = read_json_record(file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what=what)
+    with fields_checked(f"{file} is damaged", CheckpointError):
         return CheckpointRecord(
-            config=ClusterQConfig.from_dict(data["config"]),
-            input_shape=(channels, height, width),
-            num_classes=int(data["num_classes"]),
-            source=_source(data["source"]),
-            mean=tuple(float(v) for v in data["mean"]),
-            std=tuple(float(v) for v in data["std"]),
-            tensors_sha256=str(data["tensors_sha256"]),
-            versions=dict(data["versions"]),
-            extra=dict(data["extra"]),
+            **shared_fields(data), config=ClusterQConfig.from_dict(data["config"]), extra=dict(data["extra"])
         )
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{file} is damaged: {type(error).__name__} {error}") from error
-
-
-def _source(data: Any) -> Source | None:
-    if data is None:
-        return None
-    source = Source(**data)
-    if not all(isinstance(text, str) for text in (source.model, source.weights or "", source.weights_sha256)):
-        raise ValueError(f"source is {data}; wanted text")
-    return source
 
 
 def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -197,29 +159,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         CheckpointError: damaged (a single flipped bit is noticed), of an unknown format, made of a network that cannot
             be rebuilt, or not fitting `model`.
+        ModelError, MissingPackageError: see `clusterq.records.rebuilt_twin`.
     """
-    from clusterq.qat.prepare import prepare
-
     record = read_record(path)
     file = Path(path) / TENSORS
     if not file.is_file():
         raise CheckpointError(f"{path} is incomplete: it has no {TENSORS}")
     if file_sha256(file) != record.tensors_sha256:
         raise CheckpointError(f"{file} is damaged: its SHA-256 is not the one in {RECORD}")
-    if model is None:
-        if record.source is None or record.source.model.split(":", 1)[0] not in REBUILT:
-            origin = record.source.model if record.source is not None else "a module"
-            raise CheckpointError(
-                f"the network of {path} came from {origin}: hand over the network itself to load it (--model; "
-                "--trust runs the file it names)"
-            )
-        model = build_model(record.source.model, record.num_classes)
+    twin = rebuilt_twin(record, record.config.quantization, model, str(path))
     state = read_safetensors(file, CheckpointError)
-    try:
-        twin = prepare(model.cpu(), record.config.quantization, example_input=torch.zeros(1, *record.input_shape))
-    # Settings and image size come from the record: layers that the network does not have, images it cannot take.
-    except (ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path} does not fit the network: {error}") from error
     _fill(twin, state, path)
     if record.config.quantization.correct_batch_norm:
         for module in twin.modules():

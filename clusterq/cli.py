@@ -287,9 +287,9 @@ def _carry_out(request: Any, options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace, command: str) -> int:
     from clusterq import data
-    from clusterq.forms import open_quantized
     from clusterq.libraries import named_normalization
     from clusterq.models import load_model, own_transform
+    from clusterq.stored import open_quantized
 
     device = common_of(options, command)["device"]
     if options.checkpoint is not None:
@@ -334,20 +334,18 @@ def _evaluate(options: argparse.Namespace, command: str) -> int:
 
 
 def _export(options: argparse.Namespace, command: str) -> int:
-    from clusterq import checkpoint, export, forms
-    from clusterq.trust import network_source
+    from clusterq import export, forms
+    from clusterq.stored import ExportRequest
 
     common_of(options, command)
-    if options.trust and options.model is None:
-        source = checkpoint.read_record(export.find_checkpoint(options.source, options.bits)).source
-        options.model = network_source(None, source.model if source is not None else None, trust=True)
-    names = ("output", "bits", "model", "packed", "operators", "fold_batch_norm", "limit", "batch_size", "overwrite")
-    given = {name: getattr(options, name) for name in names}
+    names = ("bits", "output", "model", "trust", "limit", "batch_size", "overwrite")
+    request = ExportRequest(options.source, evaluation=options.data, **{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in ("packed", "operators", "fold_batch_norm")}
     if options.format != "onnx":
-        result = forms.export_torch(options.source, options.format, evaluation=options.data, **given)
+        result = forms.export_torch(request, options.format, **given)
         print(export.as_json(result) if options.json else forms.describe(result))
         return 0
-    result = export.export_checkpoint(options.source, evaluation=options.data, threads=torch.get_num_threads(), **given)
+    result = export.export_checkpoint(request, threads=torch.get_num_threads(), **given)
     print(export.as_json(result) if options.json else export.describe(result))
     return 0
 

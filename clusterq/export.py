@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,55 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clusterq import checkpoint, data
-from clusterq.deploy._packed_record import PackedRecord
-from clusterq.errors import CheckpointError, OutputError, require
-from clusterq.models import build_model, own_transform
-
-_RANDOM_IMAGES = 256
-
-
-def find_checkpoint(path: Path, bits: str | None) -> Path:
-    """The checkpoint folder that `path` is, or the one of width `bits` in the run folder that it is.
-
-    Raises CheckpointError when there is none, or several and `bits` chooses none.
-    """
-    if (path / checkpoint.RECORD).is_file():
-        return path
-    found = sorted(folder.parent for folder in path.glob(f"checkpoints/*/{checkpoint.RECORD}"))
-    if not found:
-        raise CheckpointError(f"{path} is neither a checkpoint nor a run folder with checkpoints")
-    chosen = [folder for folder in found if bits is None or folder.name == bits.upper()]
-    if len(chosen) != 1:
-        names = ", ".join(folder.name for folder in found)
-        raise CheckpointError(f"{path} holds the checkpoints {names}; choose one by --bits")
-    return chosen[0]
+from clusterq.errors import require
+from clusterq.stored import ExportRequest
 
 
 def export_checkpoint(
-    path: Path,
+    request: ExportRequest,
     *,
-    output: Path | None = None,
-    bits: str | None = None,
-    model: str | None = None,
     packed: bool = False,
     operators: Any = "qdq",
     fold_batch_norm: bool = False,
-    evaluation: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 128,
     threads: int = 1,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the ONNX file of a checkpoint, run it, and tell what came of it.
 
+    The output is by default `model.onnx` in the checkpoint's folder.
+
     Args:
-        path, bits: see `find_checkpoint`.
-        output: file to write; default: `model.onnx` in the checkpoint's folder.
-        model: specification of the network, when the checkpoint cannot rebuild it.
-        packed, operators, fold_batch_norm, overwrite: see `clusterq.export_onnx`.
-        evaluation: evaluation set to compare classes on; default: random images.
-        limit, batch_size: of that set.
+        request: what to read and write, and the images to compare classes on.
+        packed, operators, fold_batch_norm: see `clusterq.export_onnx`.
         threads: of the runtimes.
 
     Returns:
@@ -79,15 +49,9 @@ def export_checkpoint(
     require("onnxruntime", purpose="clusterq export", extra="export")
     from clusterq.deploy import _onnx_runtime as runtime
 
-    folder = find_checkpoint(path, bits)
-    target = folder / "model.onnx" if output is None else output
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already; choose another --output or give --overwrite")
-    record = checkpoint.read_record(folder)
-    network = None if model is None else build_model(model, record.num_classes)
-    twin = checkpoint.load(folder, network)
-    images = None if evaluation is None else _open(evaluation, record, twin)
-    example = torch.zeros(2, *record.input_shape)
+    opened = request.open("model.onnx")
+    twin, target, shape = opened.network, opened.target, opened.record.input_shape
+    example = torch.zeros(2, *shape)
     written = export_onnx(
         twin,
         target,
@@ -95,17 +59,13 @@ def export_checkpoint(
         packed=packed,
         operators=operators,
         fold_batch_norm=fold_batch_norm,
-        overwrite=overwrite,
+        overwrite=request.overwrite,
     )
     kernels = runtime.integer_kernels(written)
-    image = torch.randn(record.input_shape, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     full = runtime.float_model(twin, example)
-
-    def batches() -> Iterable[Tensor]:
-        return _random(record.input_shape) if images is None else (x for x, _ in images.batches(batch_size, limit))
-
-    same, count = runtime.agreement(twin, target, batches(), threads=threads)
-    openvino = _openvino(written, twin, batches(), threads)
+    same, count = runtime.same_classes(twin, runtime.runner(target, threads=threads), opened.batches())
+    openvino = _openvino(written, twin, opened.batches(), threads)
     beside = openvino is not None and "error" not in openvino
     layers = [asdict(layer) | {"integer_kernel": layer.name in kernels.layers} for layer in written.layers]
     for layer in layers:
@@ -123,7 +83,7 @@ def export_checkpoint(
         "milliseconds": {
             str(batch): milliseconds(full, target, image, batch, threads=threads, openvino=beside) for batch in (1, 32)
         },
-        "agreement": {"same": same, "of": count, "images": "random" if images is None else images.name},
+        "agreement": {"same": same, "of": count, "images": opened.images},
         "openvino": openvino,
     }
 
@@ -144,12 +104,10 @@ def milliseconds(
     from clusterq.deploy import _openvino_runtime as other
 
     x = image.expand(batch, *image.shape).contiguous()
-    calls = [runtime.runner(model, x, threads=threads) for model in (full, exported)]
+    runs = [runtime.runner(model, threads=threads) for model in (full, exported)]
     if openvino:
-        for model in (full, exported):
-            run = other.runner(other.compiled(model, threads=threads, batch=batch))
-            calls.append(functools.partial(run, x.numpy()))
-    times = runtime.interleaved(calls, seconds=seconds)
+        runs += [other.runner(other.compiled(model, threads=threads, batch=batch)) for model in (full, exported)]
+    times = runtime.interleaved([functools.partial(run, x.numpy()) for run in runs], seconds=seconds)
     found: dict[str, float] = {}
     for name, (first, second) in {"": times[:2], "openvino_": times[2:] or ([], [])}.items():
         if first:
@@ -178,7 +136,7 @@ def _openvino(written: Any, twin: nn.Module, batches: Iterable[Tensor], threads:
         return {"version": version, "error": (str(error).strip().splitlines() or ["no message"])[-1]}
     found = other.products(model)
     same, count = runtime.same_classes(twin, other.runner(model), batches)
-    layers = [layer.name for layer in written.layers if layer.codes in found.weights]
+    layers = found.layers(written)
     return {
         "version": version,
         "integer": found.integer,
@@ -198,8 +156,10 @@ def describe(result: dict[str, Any]) -> str:
         kernels = ["integer" if layer["integer_kernel"] else "float"]
         if beside:
             kernels.append("integer" if layer["openvino_integer"] else "float")
-        stored = f"{layer['container']} {_bytes(layer['stored_bytes'])}"
-        rows.append([layer["name"], layer["kind"], str(layer["bits"]), stored, _bytes(layer["float_bytes"]), *kernels])
+        stored = f"{layer['container']} {size_text(layer['stored_bytes'])}"
+        rows.append(
+            [layer["name"], layer["kind"], str(layer["bits"]), stored, size_text(layer["float_bytes"]), *kernels]
+        )
     integer, same = sum(layer["integer_kernel"] for layer in result["layers"]), result["agreement"]
     of = f"of {len(result['layers'])}"
     runtimes = [["runtime", "integer kernels", "layers", *(f"batch {b}" for b in result["milliseconds"]), "same class"]]
@@ -211,8 +171,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         table(rows),
         "",
-        f"{result['path']}: opset {result['opset']}, {_bytes(result['file_bytes'])}; in floating point "
-        f"{_bytes(result['float_file_bytes'])}",
+        f"{result['path']}: opset {result['opset']}, {size_text(result['file_bytes'])}; in floating point "
+        f"{size_text(result['float_file_bytes'])}",
         "",
         table(runtimes),
         "",
@@ -249,22 +209,8 @@ def as_json(result: dict[str, Any]) -> str:
     return json.dumps(result, indent=2)
 
 
-def _open(spec: str, record: checkpoint.CheckpointRecord | PackedRecord, twin: nn.Module) -> data.EvaluationSet:
-    transform = None
-    if record.source is not None:
-        transform = own_transform(record.source, twin, record.input_shape, record.mean, record.std)
-    images = data.open_data(spec, input_shape=record.input_shape, mean=record.mean, std=record.std, transform=transform)
-    data.check_fits(images, record.num_classes)
-    return images
-
-
-def _random(shape: tuple[int, int, int]) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(_RANDOM_IMAGES // 32):
-        yield torch.randn(32, *shape, generator=generator)
-
-
-def _bytes(count: int) -> str:
+def size_text(count: int) -> str:
+    """A number of bytes, for people."""
     if count < 10_000:
         return f"{count} B"
     return f"{count / 1000:.0f} kB" if count < 10_000_000 else f"{count / 1e6:.1f} MB"

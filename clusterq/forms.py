@@ -8,54 +8,23 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clusterq import checkpoint
 from clusterq.deploy._capture import capture
-from clusterq.deploy._packed_record import PackedRecord
-from clusterq.deploy.packed import PackedNetwork, is_packed, load_packed, save_packed, theoretical_bytes
+from clusterq.deploy._packed_record import RECORD, TENSORS, PackedRecord
+from clusterq.deploy.packed import PackedNetwork, save_packed, theoretical_bytes
 from clusterq.deploy.plain import convert
-from clusterq.errors import OutputError
-from clusterq.export import _bytes, _open, _random, find_checkpoint, table
+from clusterq.export import size_text, table
 from clusterq.folders import write_file
-from clusterq.models import build_model
 from clusterq.nn.layers import quantized_weights_kept
-from clusterq.trust import network_source
-
-Record = checkpoint.CheckpointRecord | PackedRecord
-
-
-def open_quantized(path: Path, model: str | None = None, *, trust: bool = False) -> tuple[nn.Module, Record]:
-    """The network of a checkpoint or of a packed folder, in evaluation mode on the CPU, and its record.
-
-    Args:
-        path: the folder.
-        model: specification of the network, when the folder cannot rebuild it.
-        trust: without `model`, run the Python file that the folder names as its network.
-
-    Raises:
-        CheckpointError: see `clusterq.load` and `clusterq.deploy.load_packed`.
-    """
-    packed = load_packed(path) if is_packed(path) else None
-    record = checkpoint.read_record(path) if packed is None else packed.record
-    recorded = None if record.source is None else record.source.model
-    spec = network_source(model, recorded, trust=trust)
-    given = None if spec is None else build_model(spec, record.num_classes)
-    return checkpoint.load(path, given) if packed is None else packed.network(given), record
+from clusterq.stored import ExportRequest, Opened, open_quantized
 
 
 def export_torch(
-    path: Path,
-    kind: str,
-    *,
-    packed: bool = False,
-    operators: str = "qdq",
-    fold_batch_norm: bool = False,
-    **given: Any,
+    request: ExportRequest, kind: str, *, packed: bool = False, operators: str = "qdq", fold_batch_norm: bool = False
 ) -> dict[str, Any]:
     """`export_packed` (kind `"safetensors"`) or `export_program` (`"pt2"`).
 
@@ -65,29 +34,13 @@ def export_torch(
     for name, is_given in unused.items():
         if is_given:
             raise ValueError(f"--{name} is given with --format {kind}; it belongs to onnx")
-    return export_packed(path, **given) if kind == "safetensors" else export_program(path, **given)
+    return export_packed(request) if kind == "safetensors" else export_program(request)
 
 
-def export_packed(
-    path: Path,
-    *,
-    output: Path | None = None,
-    bits: str | None = None,
-    model: str | None = None,
-    evaluation: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 128,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def export_packed(request: ExportRequest) -> dict[str, Any]:
     """Write the packed folder of a checkpoint, read it back, and compare its outputs with the checkpoint's.
 
-    Args:
-        path, bits: see `clusterq.export.find_checkpoint`.
-        output: folder to make; default: `packed` in the checkpoint's folder.
-        model: specification of the network, when the checkpoint cannot rebuild it.
-        evaluation: evaluation set to compare outputs on; default: random images.
-        limit, batch_size: of that set.
-        overwrite: replace a folder of that name.
+    The output is by default `packed` in the checkpoint's folder.
 
     Returns:
         Plain values: `path`, `layers` (`name`, `bits`, `stored_bytes`, `float_bytes`), `activation_bits`,
@@ -97,51 +50,36 @@ def export_packed(
     Raises:
         ClusterQError: see `clusterq.errors`; no folder is left behind when it could not be written whole.
     """
-    folder = find_checkpoint(path, bits)
-    target = folder / "packed" if output is None else output
-    twin, record = open_quantized(folder, model)
-    images = None if evaluation is None else _open(evaluation, record, twin)
+    opened = request.open("packed")
+    record, target = opened.record, opened.target
     written = save_packed(
-        twin,
+        opened.network,
         target,
         input_shape=record.input_shape,
         source=record.source,
         mean=record.mean,
         std=record.std,
-        overwrite=overwrite,
+        overwrite=request.overwrite,
     )
-    read = load_packed(target)
-    network = read.network(None if model is None else build_model(model, record.num_classes))
-    batches = _random(record.input_shape) if images is None else (x for x, _ in images.batches(batch_size, limit))
-    same, count = equal_outputs(twin, network, batches)
-    files = [file.stat().st_size for file in (target / "packed.safetensors", target / "packed.json")]
+    network, _ = open_quantized(target, request.model, trust=request.trust)
+    tensor_bytes, record_bytes = ((target / name).stat().st_size for name in (TENSORS, RECORD))
     return {
         "path": str(target),
         "layers": _layers(written),
         "activation_bits": {name: bits for name, bits, *_ in written.record.activations},
-        "tensor_bytes": files[0],
-        "record_bytes": files[1],
+        "tensor_bytes": tensor_bytes,
+        "record_bytes": record_bytes,
         "theoretical_bytes": theoretical_bytes(written.numbers),
         "float_bytes": sum(4 * v.numel() for v in written.numbers.state_dict().values()),
-        "agreement": {"same": same, "of": count, "images": "random" if images is None else images.name},
+        "agreement": _agreement(opened, network),
     }
 
 
-def export_program(
-    path: Path,
-    *,
-    output: Path | None = None,
-    bits: str | None = None,
-    model: str | None = None,
-    evaluation: str | None = None,
-    limit: int | None = None,
-    batch_size: int = 128,
-    overwrite: bool = False,
-) -> dict[str, Any]:
+def export_program(request: ExportRequest) -> dict[str, Any]:
     """Write a checkpoint or packed folder as a `torch.export` program of PyTorch's own operators.
 
-    Arguments as in `export_packed`; `output` is a file, by default `model.pt2` in the folder. The program takes batches
-    of any size where the network allows it, and its weights are float32.
+    The output is a file, by default `model.pt2` in the folder. The program takes batches of any size where the network
+    allows it, and its weights are float32.
 
     Returns:
         Plain values: `path`, `file_bytes`, `operators` (number of calls), `agreement` as in `export_packed`.
@@ -149,27 +87,24 @@ def export_program(
     Raises:
         ClusterQError: see `clusterq.errors`; no file is left behind when it could not be written whole.
     """
-    folder = path if is_packed(path) else find_checkpoint(path, bits)
-    target = folder / "model.pt2" if output is None else output
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target} exists already; choose another --output or give --overwrite")
-    network, record = open_quantized(folder, model)
-    images = None if evaluation is None else _open(evaluation, record, network)
-    plain = network if isinstance(record, PackedRecord) else convert(network)
-    program = capture(plain, torch.zeros(2, *record.input_shape))
+    opened = request.open("model.pt2", is_packed_taken=True)
+    plain = opened.network if isinstance(opened.record, PackedRecord) else convert(opened.network)
+    program = capture(plain, torch.zeros(2, *opened.record.input_shape))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    write_file(target, buffer.getvalue())
+    write_file(opened.target, buffer.getvalue())
     buffer.seek(0)
-    loaded = torch.export.load(buffer).module()
-    batches = _random(record.input_shape) if images is None else (x for x, _ in images.batches(batch_size, limit))
-    same, count = equal_outputs(network, loaded, batches)
     return {
-        "path": str(target),
-        "file_bytes": target.stat().st_size,
+        "path": str(opened.target),
+        "file_bytes": opened.target.stat().st_size,
         "operators": sum(node.op == "call_function" for node in program.graph.nodes),
-        "agreement": {"same": same, "of": count, "images": "random" if images is None else images.name},
+        "agreement": _agreement(opened, torch.export.load(buffer).module()),
     }
+
+
+def _agreement(opened: Opened, other: nn.Module) -> dict[str, Any]:
+    same, count = equal_outputs(opened.network, other, opened.batches())
+    return {"same": same, "of": count, "images": opened.images}
 
 
 def equal_outputs(first: nn.Module, second: nn.Module, batches: Iterable[Tensor]) -> tuple[int, int]:
@@ -187,11 +122,11 @@ def describe(result: dict[str, Any]) -> str:
     same = result["agreement"]
     agreement = f"same outputs as the checkpoint, bit for bit: {same['same']} of {same['of']} images ({same['images']})"
     if "layers" not in result:
-        size = _bytes(result["file_bytes"])
+        size = size_text(result["file_bytes"])
         return f"{result['path']}: {size}, {result['operators']} calls of PyTorch's own operators\n{agreement}"
     rows = [["layer", "bits", "stored", "float"]]
     rows += [
-        [layer["name"], str(layer["bits"]), _bytes(layer["stored_bytes"]), _bytes(layer["float_bytes"])]
+        [layer["name"], str(layer["bits"]), size_text(layer["stored_bytes"]), size_text(layer["float_bytes"])]
         for layer in result["layers"]
     ]
     lines = [table(rows)]
@@ -200,7 +135,7 @@ def describe(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['path']}: tensors {tensors} B, {above}; record {result['record_bytes']} B; in floating point "
-        f"{_bytes(result['float_bytes'])}",
+        f"{size_text(result['float_bytes'])}",
         agreement,
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Shared fixtures: seeds, poisoned allocations, the evaluation data folder."""
+"""Shared fixtures: seeds, poisoned allocations, the evaluation data folder and a network in it."""
 
 import os
 import signal
@@ -35,3 +35,15 @@ def data_dir():
     if not value:
         pytest.skip("CLUSTERQ_DATA is not set: no real images or networks here")
     return Path(value)
+
+
+@pytest.fixture
+def cifar10(data_dir):
+    """The data folder's trained ResNet-20 (`LoadedModel`) and the test images of CIFAR-10 (`EvaluationSet`)."""
+    from clusterq.data import open_for
+    from clusterq.models import load_model
+
+    networks = data_dir / "networks"
+    weights = str(networks / "cifar10_resnet20.pt")
+    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
+    return loaded, open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))

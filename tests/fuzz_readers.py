@@ -8,6 +8,7 @@ with its traceback. Prints one JSON object per reader; the exit code is 1 when a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import mmap
@@ -41,6 +42,9 @@ from clusterq.ablation.results import as_csv, read_results
 from clusterq.ablation.table import read_table
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.data import open_data
+from clusterq.deploy import load_packed, save_packed
+from clusterq.deploy._packed_record import RECORD as PACKED_RECORD
+from clusterq.deploy._packed_record import TENSORS as PACKED_TENSORS
 from clusterq.errors import ClusterQError
 from clusterq.models import LoadedModel, Source, file_sha256, read_state_dict
 from clusterq.networks import DigitsConvNet
@@ -221,6 +225,25 @@ def readers(place: Path) -> dict[str, tuple[list[bytes], Reader, tuple[type[Exce
 
     table["checkpoint_tensors"] = ([tensors], checkpoint_tensors, ours)
     table["checkpoint_record"] = ([own], checkpoint_record, ours)
+
+    save_packed(student, place / "packed", input_shape=(1, 4, 4), mean=(0.5,), std=(0.5,))
+    described, packed = ((place / "packed" / name).read_bytes() for name in (PACKED_RECORD, PACKED_TENSORS))
+    known = {"input_shape": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "source": Source("builtin:digits", "w", "0")}
+    save_packed(digits, place / "packed_digits", **known)
+
+    def packed_tensors(data: bytes) -> None:
+        (place / "packed" / PACKED_TENSORS).write_bytes(data)
+        honest = json.loads(described) | {"tensors_sha256": hashlib.sha256(data).hexdigest()}
+        (place / "packed" / PACKED_RECORD).write_text(json.dumps(honest))
+        output = load_packed(place / "packed").network(Tiny())(torch.ones(1, 1, 4, 4))
+        assert output.shape == (1, 3)
+
+    def packed_record(data: bytes) -> None:
+        (place / "packed_digits" / PACKED_RECORD).write_bytes(data)
+        load_packed(place / "packed_digits").network()
+
+    table["packed_tensors"] = ([packed], packed_tensors, ours)
+    table["packed_record"] = ([(place / "packed_digits" / PACKED_RECORD).read_bytes()], packed_record, ours)
 
     state = {
         "words": ["quantize", "--model", "x"], "identity": {"a": 1.5}, "environment": {"torch": "2"},

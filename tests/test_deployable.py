@@ -210,6 +210,67 @@ def test_what_stays_in_floating_point_is_named():
         assert torch.isfinite(twin(X)).all()
 
 
+class Shifted(nn.Module):
+    """Parameters and buffers of both kinds beside tensors: scaled layers, a position, a shift of the result."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.gain = nn.Parameter(torch.rand(4, 1, 1))
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("shift", torch.tensor([1, 2, 3], dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((functional.relu(self.stem(x)) * self.gain).mean((2, 3))) + self.shift
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_parameters_and_buffers_get_no_range(dtype: torch.dtype):
+    net = Shifted(dtype).eval()
+    with pytest.warns(UserWarning, match="no form in integers"):
+        twin = prepare(net, CONFIG)
+    assert [(row.name, row.kind) for row in unreached(twin)] == [
+        ("", "gain"),
+        ("", "mul"),
+        ("", "shift"),
+        ("", "add"),
+    ]
+    assert set(widths(twin)) == {"input_quantizer", "relu", "mul_quantizer", "mean_quantizer"}
+    calibrate(twin, X)
+    with torch.no_grad():
+        assert float((twin(X) - net(X)).norm() / net(X).norm()) < 0.2
+    with pytest.raises(ModelError, match="has no form in integers"):
+        clusterq.deploy.run_integer(twin, X)
+
+
+class StandIns(nn.Module):
+    """BatchNorm in front of the first layer and behind the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(4)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for conv in self.convs:
+            x = functional.relu(conv(x))
+        return self.last(x).mean((2, 3))
+
+
+def test_first_and_last_layer_are_layers_of_the_network():
+    config = QuantizationConfig(scheme="deploy", first_layer_bits=8, last_layer_bits=7, weight_bits=3)
+    rows = {row.name: row for row in report(prepare(randomise(StandIns()), config)) if row.weight_bits is not None}
+    assert {name: row.weight_bits for name, row in rows.items()} == {
+        "first": 3,
+        "convs.0": 8,
+        "convs.1": 3,
+        "convs.2": 7,
+        "last": 3,
+    }
+    assert rows["convs.0"].note == "first layer" and rows["convs.2"].note == "last layer"
+
+
 def test_untraceable_networks_are_refused():
     with pytest.raises(ModelError, match=r"scheme deploy needs a graph: .*torch\.fx"):
         prepare(Branching(), CONFIG, example_input=X)

@@ -18,16 +18,17 @@ from torch.nn import functional
 import clusterq
 from clusterq.cli import main
 from clusterq.config import QuantizationConfig
-from clusterq.data import open_for
-from clusterq.deploy._onnx_codes import checked_grid
-from clusterq.deploy._onnx_runtime import agreement, integer_kernels
+from clusterq.data import EvaluationSet
+from clusterq.deploy._grids import checked_grid
+from clusterq.deploy._onnx_runtime import integer_kernels, runner, same_classes
 from clusterq.deploy.onnx import OnnxExport, export_onnx
 from clusterq.errors import MissingPackageError, ModelError, OutputError
 from clusterq.export import export_checkpoint
-from clusterq.models import load_model
+from clusterq.models import LoadedModel
 from clusterq.networks import ChannelPadShortcut
 from clusterq.nn import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, set_quantization
 from clusterq.qat import calibrate
+from clusterq.stored import ExportRequest
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -396,7 +397,7 @@ def test_missing_package(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "meta_path", [_Hide(package), *sys.meta_path])
     (tmp_path / "checkpoint.json").write_text("{}")
     with pytest.raises(MissingPackageError, match=rf"needs the package '{package}'.*clusterq\[export\]"):
-        export_checkpoint(tmp_path)
+        export_checkpoint(ExportRequest(tmp_path))
 
 
 class _Hide:
@@ -476,17 +477,14 @@ def test_command_refuses(checkpoints: Path, capsys: pytest.CaptureFixture[str]) 
     assert not list(checkpoints.rglob("*.onnx"))
 
 
-def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
-    networks = data_dir / "networks"
-    weights = str(networks / "cifar10_resnet20.pt")
-    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
-    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
-    batches = [x for x, _ in data.batches(500, 2500)]
+def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path) -> None:
+    loaded, real = cifar10
+    batches = [x for x, _ in real.batches(500, 2500)]
     twin = clusterq.prepare(loaded.model, QuantizationConfig())
     calibrate(twin, batches[0][:128])
     for mode, images_seen in (("qdq", 2000), ("integer", 1000)):
         export = export_onnx(twin, tmp_path / f"{mode}.onnx", example_input=batches[0][:2], **MODES[mode])
-        same, count = agreement(twin, export.path, batches[1 : 1 + images_seen // 500])
+        same, count = same_classes(twin, runner(export.path), batches[1 : 1 + images_seen // 500])
         assert count == images_seen and same >= 0.999 * count
         integer = integer_kernels(export)
         assert integer.counts == ({"ConvInteger": 18} if mode == "integer" else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import clusterq
 from clusterq.cli import main
 from clusterq.config import QuantizationConfig
-from clusterq.models import load_model
+from clusterq.models import Source, load_model
 from clusterq.qat import calibrate
 
 
@@ -80,3 +81,28 @@ def test_commands_refuse(digits_run: Path, capsys: pytest.CaptureFixture[str]) -
     file = folder / "packed" / "packed.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "is damaged" in refused("evaluate", str(folder / "packed"), "--data", "digits")
+
+
+def test_a_recorded_file_needs_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    """Of a checkpoint and of a packed folder, in every form; read back from what was written, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(
+        "import pathlib\nfrom clusterq.networks import DigitsConvNet\n"
+        "def make():\n    pathlib.Path('ran').touch()\n    return DigitsConvNet()\n"
+    )
+    config = clusterq.ClusterQConfig()
+    twin = clusterq.prepare(load_model("builtin:digits").model, config.quantization)
+    calibrate(twin, torch.rand(16, 1, 16, 16))
+    source = Source("net.py:make", None, "0" * 64)
+    clusterq.save(twin, "net", config=config, input_shape=(1, 16, 16), source=source)
+    forms = [["net", "--format", "safetensors"], ["net", "--format", "pt2"], ["net/packed", "--format", "pt2"]]
+    if importlib.util.find_spec("onnxruntime") is not None:
+        forms.append(["net"])
+    for words in forms:
+        assert main(["export", *words, "--device", "cpu"]) == 2
+        assert "--trust runs the file it names" in capsys.readouterr().err
+        assert not Path("ran").exists()
+        assert main(["export", *words, "--trust", "--device", "cpu"]) == 0
+        assert "256 of 256" in capsys.readouterr().out
+        Path("ran").unlink()
+    assert Path("net/packed/model.pt2").is_file()

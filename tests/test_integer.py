@@ -16,7 +16,7 @@ from clusterq.config import QuantizationConfig
 from clusterq.deploy import run_integer
 from clusterq.deploy.integer import IntegerRun, Sum, Wide
 from clusterq.errors import ModelError
-from clusterq.nn.quantizers import ActivationQuantizer
+from clusterq.nn.quantizers import ActivationQuantizer, set_quantization
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.prepare import prepare
 
@@ -225,6 +225,61 @@ def test_codes_have_their_type():
     _, codes = run_integer(twin, x, return_codes=True)
     assert codes["relu"][0].dtype == torch.uint8 and codes["stem_quantizer"][0].dtype == torch.int8
     assert int(codes["relu"][0].max()) <= 15
+
+
+class Overwritten(nn.Module):
+    """A sum and a product in place whose first operand is read again afterwards, under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2, 1)
+        self.inner = nn.Conv2d(4, 4, 3, 1, 1)
+        self.gate, self.last = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        keep = x
+        x = x.add_(self.inner(x))
+        x = self.gate(x + keep)
+        also = x
+        x *= torch.sigmoid(self.last(x))
+        return self.fc((x + also).mean((2, 3)))
+
+
+def test_readers_of_an_overwritten_operand():
+    """They read the sum, in integers as in the twin and in the network."""
+    with torch.no_grad():
+        net, x = Overwritten().eval(), torch.randn(8, 3, 16, 16)
+        twin = prepare(net, QuantizationConfig(scheme="deploy", weight_bits=8, activation_bits=8))
+        calibrate(twin, x)
+        wanted, plain = twin(x), net(x)
+        found = run_integer(twin, x)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02
+    assert float((found - plain).norm() / plain.norm()) < 0.1
+
+
+class View(Overwritten):
+    """Overwrites a part of what is read later."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        part = x[:, :, 1:]
+        part += self.inner(part)
+        return self.fc(self.gate(x).mean((2, 3)))
+
+
+def test_a_part_that_is_overwritten_is_named():
+    """Neither is the twin another network, nor is it computed in integers."""
+    net, x = View().eval(), torch.randn(8, 3, 16, 16)
+    with pytest.warns(UserWarning, match=r"never called.*iadd"):
+        twin = prepare(net, QuantizationConfig(scheme="deploy"))
+    calibrate(twin, x)
+    with pytest.raises(ModelError, match="iadd has no form in integers"):
+        run_integer(twin, x)
+    set_quantization(twin, weights=False, activations=False)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), net(x))
 
 
 class Softmax(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -76,6 +77,36 @@ def test_packed(network: type[nn.Module], bits: int, tmp_path: Path):
         for own, other in zip(found[name], calls, strict=True):
             assert np.array_equal(own.astype(np.int64), other.numpy().astype(np.int64)), name
     np.testing.assert_allclose(logits, wanted.numpy(), rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+class Padded(nn.Module):
+    """Padding between layers; only zeros are codes of any grid."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.pad(nn.functional.relu(self.first(x)), (1, 2, 0, 1), **self.settings)
+        return self.last(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("settings", [{}, {"value": 0.0}, {"value": 1.0}, {"value": -0.7}, {"mode": "reflect"}])
+def test_padding(settings: dict[str, Any], tmp_path: Path):
+    """By zeros it is on codes; by anything else the file has the numbers of the twin all the same."""
+    x = torch.randn(4, 3, 16, 16)
+    zeros = not settings.get("value") and "mode" not in settings
+    with contextlib.nullcontext() if zeros else pytest.warns(UserWarning, match="pad"):
+        twin = made(Padded(**settings).eval(), x, weight_bits=8, activation_bits=8)
+    if zeros:
+        check(twin, x, tmp_path)
+    export = export_onnx(twin, tmp_path / "model.onnx", example_input=x[:2], overwrite=True)
+    found, _, _ = run(export, x, tmp_path)
+    with torch.no_grad():
+        wanted = twin(x)
+    # Of a code of 8 bits in a few places; another number in the border is ten times as much.
+    assert float((torch.from_numpy(found) - wanted).norm() / wanted.norm()) < 0.01
 
 
 def test_file_holds_integers(tmp_path: Path):

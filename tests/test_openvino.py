@@ -13,13 +13,13 @@ from torch import nn
 import clusterq
 from clusterq.cli import main
 from clusterq.config import QuantizationConfig
-from clusterq.data import open_for
+from clusterq.data import EvaluationSet
 from clusterq.deploy import _openvino_runtime as openvino
 from clusterq.deploy._onnx_runtime import float_model, same_classes
 from clusterq.deploy.integer import run_integer
 from clusterq.deploy.onnx import export_onnx
 from clusterq.export import milliseconds
-from clusterq.models import load_model
+from clusterq.models import LoadedModel, load_model
 from clusterq.qat import calibrate
 
 pytest.importorskip("onnx")
@@ -108,17 +108,14 @@ def test_command_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert names == result["openvino"]["layers"] != []
 
 
-def test_scheme_deploy_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
+def test_scheme_deploy_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path) -> None:
     """All layers in integers; the codes of `run_integer` up to the first residual sum, close to them after it.
 
     OpenVINO computes a sum in the convolution before it, without rounding that operand to its codes first.
     """
     openvino_itself = pytest.importorskip("openvino")
-    networks = data_dir / "networks"
-    weights = str(networks / "cifar10_resnet20.pt")
-    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
-    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
-    batches = [x for x, _ in data.batches(100, 600)]
+    loaded, images = cifar10
+    batches = [x for x, _ in images.batches(100, 600)]
     twin = clusterq.prepare(loaded.model, QuantizationConfig(scheme="deploy"))
     calibrate(twin, batches[0])
     export = export_onnx(twin, tmp_path / "net.onnx", example_input=batches[0][:2])
@@ -142,12 +139,9 @@ def test_scheme_deploy_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path, folded: bool) -> None:
-    networks = data_dir / "networks"
-    weights = str(networks / "cifar10_resnet20.pt")
-    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
-    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
-    batches = [x for x, _ in data.batches(250, 1250)]
+def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path, folded: bool) -> None:
+    loaded, images = cifar10
+    batches = [x for x, _ in images.batches(250, 1250)]
     twin = clusterq.prepare(loaded.model, QuantizationConfig())
     calibrate(twin, batches[0][:128])
     export = export_onnx(twin, tmp_path / "net.onnx", example_input=batches[0][:2], fold_batch_norm=folded)

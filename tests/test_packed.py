@@ -7,7 +7,9 @@ import json
 import math
 import os
 import struct
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from torch.nn import functional
 
 import clusterq
 from clusterq.config import QuantizationConfig
-from clusterq.data import open_for
+from clusterq.data import EvaluationSet
 from clusterq.deploy import load_packed, save_packed
+from clusterq.deploy._packed_record import check_readable, read_record
 from clusterq.deploy.packed import theoretical_bytes
 from clusterq.errors import CheckpointError, ModelError, OutputError
-from clusterq.models import Source, load_model
+from clusterq.models import LoadedModel, Source
 from clusterq.networks import resnet20
 from clusterq.nn import ActivationQuantizer, QuantizedConv2d, QuantizedLinear, set_quantization
 from clusterq.qat import calibrate
@@ -141,6 +144,17 @@ def test_scheme_deploy(settings: dict[str, Any], tmp_path: Path) -> None:
     assert float((codes[2:] - codes[2:].round()).abs().max()) < 1e-3 * float(codes[2:].abs().max())
 
 
+def test_scheme_deploy_with_parts_that_stay_in_floating_point(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no form in integers"):
+        twin = twin_of(Net(), scheme="deploy")
+    save_packed(twin, tmp_path / "net", input_shape=SHAPE)
+    with pytest.warns(UserWarning, match="no form in integers"):
+        network = load_packed(tmp_path / "net").network(Net())
+    x = torch.randn(9, *SHAPE)
+    with torch.no_grad():
+        assert torch.equal(network(x), twin(x))
+
+
 def test_weights_load_into_the_users_own_network(tmp_path: Path) -> None:
     twin = twin_of(Net(), weight_bits=3)
     save_packed(twin, tmp_path / "net", input_shape=SHAPE)
@@ -247,12 +261,9 @@ def test_size_of_a_larger_network(tmp_path: Path) -> None:
     assert sum(_sizes(tmp_path / "net")) < 1.003 * theoretical_bytes(written.numbers)
 
 
-def test_resnet20_on_cifar10(data_dir: Path, tmp_path: Path) -> None:
-    networks = data_dir / "networks"
-    weights = str(networks / "cifar10_resnet20.pt")
-    loaded = load_model(f"{networks / 'networks.py'}:resnet20", weights, input_size=32, normalization="imagenet")
-    data = open_for(loaded, str(data_dir / "cifar10" / "cifar10_test.npz"))
-    batches = [x for x, _ in data.batches(250, 1000)]
+def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path) -> None:
+    loaded, images = cifar10
+    batches = [x for x, _ in images.batches(250, 1000)]
     twin = clusterq.prepare(loaded.model, QuantizationConfig(weight_bits=3, activation_bits=5))
     calibrate(twin, batches[0])
     save_packed(twin, tmp_path / "net", input_shape=loaded.input_shape)
@@ -298,7 +309,7 @@ def _set(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 
 RECORDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (_set("format", value="other"), "is not the record of a packed network"),
-    (_set("format_version", value=2), "has packed format 2; this version reads 1"),
+    (_set("format_version", value=2), "is the record of a packed network in format 2; this version reads 1"),
     (lambda r: r.pop("activations"), "it has no 'activations'"),
     (_set("weights", value=[]), "it lists no weights"),
     (_set("weights", 0, 2, value=9), r"weights\[0\]: bits is 9; wanted a whole number from 2 to 8"),
@@ -315,12 +326,15 @@ RECORDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (_set("activations", 0, 3, value=16), r"activations\[0\]: zero_point is 16"),
     (_set("activations", 0, 4, value="exec"), r"activations\[0\]: activation is 'exec'"),
     (_set("batch_norms", 0, 1, value=1 << 31), "its record describes"),
-    (_set("batch_norms", 0, 2, value=float("nan")), r"batch_norms\[0\]: eps is nan"),
-    (_set("tensors", 0, 1, value="complex64"), r"tensors\[0\]: dtype is 'complex64'"),
+    (_set("batch_norms", 0, 2, value=float("nan")), "it holds NaN where a number is wanted"),
+    (_set("batch_norms", 0, 2, value=10**400), "a whole number of more than 64 bits"),
+    (_set("batch_norms", 0, 2, value="x"), r"batch_norms\[0\]: eps is 'x'"),
+    (_set("tensors", 0, 1, value="complex64"), r"tensors\[0\]: dtype of 'shift' is 'complex64'"),
     (_set("input_shape", value=[3, 1 << 20, 1 << 20]), "input_shape is"),
-    (_set("num_classes", value=10**9), "num_classes is 1000000000; wanted a whole number from 1 to 7"),
+    (_set("num_classes", value=10**9), "num_classes is 1000000000; wanted a whole number from 2 to 1048576"),
     (_set("quantization", value={"weight_bits": 99}), "weight_bits is 99"),
     (_set("source", value={"model": 5, "weights": None, "weights_sha256": "0"}), "source.model is 5"),
+    (_set("quantization", value=[]), "is damaged"),
     (_set("source", value=["a"]), "is damaged"),
     (_set("versions", value=3), "is damaged"),
 ]
@@ -336,6 +350,18 @@ def test_malformed_record(change: Callable[[dict[str, Any]], Any], message: str,
     with pytest.raises(CheckpointError, match=message) as error:
         load_packed(tmp_path / "net")
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_names_are_compared_once(tmp_path: Path) -> None:
+    """Of 60,000 entries the last is there twice: comparing all with all takes half a minute."""
+    written = save_packed(twin_of(Net()), tmp_path / "net", input_shape=SHAPE)
+    entries = [(f"a{i}", "int8", (0,)) for i in range(60_000)]
+    record = replace(written.record, tensors=(*entries, entries[-1]))
+    (tmp_path / "net" / "packed.json").write_text(record.to_json())
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match="it lists a59999 twice"):
+        load_packed(tmp_path / "net")
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "\xff", '"packed"'])
@@ -408,6 +434,79 @@ def test_code_named_by_a_file_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="hand over the network itself"):
         load_packed(tmp_path / "net").network()
     assert not touched.exists()
+
+
+class Mapped(nn.Module):
+    """Untraceable; its output, a flat map of features, is longer than any layer has rows. Buffers of three kinds."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.act = nn.ReLU()
+        self.fc = nn.Linear(144, 7)
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x))
+        if bool((x.detach() < -1).any()):
+            return x
+        rows = self.fc(x.flatten(2)).masked_fill(self.mask.real == float("-inf"), 0.0)
+        return rows.flatten(1)
+
+
+def test_what_is_saved_can_be_loaded(tmp_path: Path) -> None:
+    mask = torch.zeros(7)
+    mask[2] = float("-inf")
+    twin = twin_of(Mapped(mask))
+    written = save_packed(twin, tmp_path / "net", input_shape=SHAPE)
+    assert written.record.num_classes == 28
+    read = load_packed(tmp_path / "net")
+    x = torch.randn(5, *SHAPE)
+    assert torch.equal(read.network(Mapped(torch.zeros(7)))(x), twin(x).detach())
+    # The images of the record are such as it does not take.
+    with pytest.raises(CheckpointError, match="the packed file does not fit the network"):
+        replace(read, record=replace(read.record, input_shape=(3, 8, 8))).network(Mapped(mask))
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(7, dtype=torch.complex64), "dtype of 'mask' is 'complex64'"),
+        (torch.full((7,), float("nan")), r"tensors\.float32 holds a NaN"),
+        (torch.zeros([1] * 8 + [7]), "tensor 'mask' has 9 dimensions"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(mask: Tensor, message: str, tmp_path: Path) -> None:
+    twin = twin_of(Mapped(torch.zeros(7)))
+    twin.mask = mask
+    twin.forward = lambda x: x.flatten(1)
+    with pytest.raises(ModelError, match=f"the network cannot be packed: .*{message}"):
+        save_packed(twin, tmp_path / "net", input_shape=SHAPE)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_readable"),
+    [
+        ({"input_shape": (1, 1 << 13, 1 << 12)}, True),
+        ({"input_shape": (1, 1 << 14, 1 << 14)}, False),
+        ({"num_classes": 1 << 20}, True),
+        ({"num_classes": (1 << 20) + 1}, False),
+        ({"mean": (float("inf"),)}, False),
+    ],
+)
+def test_one_rule_for_writing_and_reading(changes: dict[str, Any], is_readable: bool, tmp_path: Path) -> None:
+    written = save_packed(twin_of(Net()), tmp_path / "net", input_shape=SHAPE).record
+    record = replace(written, **changes)
+    (tmp_path / "net" / "packed.json").write_text(record.to_json())
+    if is_readable:
+        check_readable(record)
+        assert read_record(tmp_path / "net") == record
+    else:
+        with pytest.raises(ModelError, match=r"cannot be packed|its record is damaged"):
+            check_readable(record)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            read_record(tmp_path / "net")
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

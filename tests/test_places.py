@@ -8,6 +8,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clusterq.qat.places import Places, call_name, operands, origin, readers
+from clusterq.qat.trace import trace
 
 CASES = {
     "moving": [
@@ -92,6 +93,36 @@ def test_places_of_modules(place: str):
         net = nn.Sequential(module)
         graph = fx.Tracer().trace(net)
         assert Places(graph, dict(net.named_modules()))[list(graph.nodes)[1]] == place, module
+
+
+class Constants(nn.Module):
+    """Sums, products and concatenations with a parameter or buffer, moved or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("shift", torch.tensor([1, 2, 3, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        x = self.shift + x
+        x += self.scale
+        return torch.cat([x, self.shift.view(x.size(0), -1)])
+
+
+def test_constants_have_no_codes():
+    net = Constants()
+    graph = trace(net)
+    places = Places(graph, dict(net.named_modules()))
+    names = {node.name: places[node] for node in graph.nodes if node.op.startswith("call")}
+    assert names == {"size": "size"} | dict.fromkeys(("view", "mul", "add", "iadd", "cat"), "other")
+
+
+def test_parts_of_a_list_are_joined():
+    graph = _graph(lambda x: torch.cat(x.chunk(2), 1))
+    places = Places(graph, {})
+    cat = list(graph.nodes)[-2]
+    assert places[cat] == "cat" and places[origin(operands(cat, "cat")[0], places)] == "source"
 
 
 def test_origin_readers_and_operands():

@@ -231,6 +231,21 @@ def test_later_readers_of_an_in_place_activation_see_its_output() -> None:
     assert same_without_quantization(network, student)
 
 
+class SumInPlace(InPlace):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = y
+        y = y.add_(functional.silu(y))
+        y *= 2.0
+        return (y + self.conv(functional.silu(z))).mean((2, 3))
+
+
+def test_later_readers_of_a_sum_in_place_see_the_sum() -> None:
+    network = SumInPlace()
+    with pytest.warns(UserWarning, match="never called"):
+        assert same_without_quantization(network, prepare(network, CONFIG))
+
+
 class Listed(nn.Module):
     """Calls its layers through a plain list, which a module swap does not see."""
 

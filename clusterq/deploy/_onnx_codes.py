@@ -15,47 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from clusterq import ops
-from clusterq.errors import ModelError
+from clusterq.deploy._grids import TINY, Grid
 
 # Integer kernels for processors without VNNI add two products of 8 bits in 16 bits, saturating.
 _PAIR_LIMIT = 32767
 _BIAS_LIMIT = 2.0**30
-_TINY = torch.finfo(torch.float32).tiny
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Quantization parameters of one weight (axis 0) or activation (axis None): float32 and int64 [C] or [1]."""
-
-    name: str
-    scale: Tensor
-    zero_point: Tensor
-    quant_min: int
-    quant_max: int
-    axis: int | None
-
-    @property
-    def bits(self) -> int:
-        return (self.quant_max - self.quant_min).bit_length()
-
-
-def checked_grid(
-    name: str, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, axis: int | None
-) -> Grid:
-    """A `Grid` of parameters that ONNX can hold; ModelError, which names the layer, of those it cannot."""
-    scale, zero_point = scale.detach().cpu(), zero_point.detach().cpu()
-    if scale.dtype != torch.float32 and not torch.equal(scale, scale.float().to(scale.dtype)):
-        raise ModelError(f"{name}: its scale is {scale.dtype} and not exact in float32, in which ONNX computes")
-    scale = scale.float()
-    if not bool((torch.isfinite(scale) & (scale >= _TINY)).all()):
-        raise ModelError(f"{name}: a scale is not a positive normal number")
-    whole = zero_point.double().round()
-    if not torch.equal(whole, zero_point.double()):
-        raise ModelError(f"{name}: a zero point is not a whole number, which ONNX cannot express")
-    if bool(((whole < quant_min) | (whole > quant_max)).any()):
-        raise ModelError(f"{name}: a zero point lies outside the codes {quant_min} to {quant_max}")
-    return Grid(name, scale, whole.to(torch.int64), quant_min, quant_max, axis)
 
 
 @dataclass(frozen=True)
@@ -91,23 +55,20 @@ class StoredWeight:
         assert self.zero_point is None
         scale = (self.scale.double() * gain.abs()).float()
         shape = [-1] + [1] * (self.codes.dim() - 1)
-        sign = torch.where(scale >= _TINY, torch.sign(gain), 0.0).to(torch.int8).reshape(shape)
-        return replace(self, codes=self.codes * sign, scale=torch.where(scale >= _TINY, scale, 1.0))
+        sign = torch.where(scale >= TINY, torch.sign(gain), 0.0).to(torch.int8).reshape(shape)
+        return replace(self, codes=self.codes * sign, scale=torch.where(scale >= TINY, scale, 1.0))
 
 
 def stored_weight(weight: Tensor, grid: Grid, *, packed: bool) -> StoredWeight:
     """Codes of a weight [C, ...] on its grid; `packed` takes INT4 for up to four bits."""
-    codes = ops.quantize(
-        weight.detach().cpu().float(), grid.scale, grid.zero_point, grid.quant_min, grid.quant_max, axis=0
-    ).to(torch.int8)
+    codes = grid.codes(weight)
     zero_point: Tensor | None = grid.zero_point.to(torch.int8)
     if not bool(grid.zero_point.any()):
         zero_point = None
     if packed and grid.bits <= 4:
         return StoredWeight(codes, grid.scale, zero_point, "INT4")
     if zero_point is not None and grid.bits < 8:
-        shape = [-1] + [1] * (codes.dim() - 1)
-        codes, zero_point = codes - zero_point.reshape(shape), None
+        codes, zero_point = codes - grid.column(codes).to(torch.int8), None
     return StoredWeight(codes, grid.scale, zero_point, "INT8")
 
 
@@ -126,7 +87,7 @@ def refined(weight: StoredWeight, source: Grid | None) -> StoredWeight:
     while (
         weight.magnitude * factor * 2 <= 127
         and 2 * largest_operand(source) * weight.magnitude * factor * 2 <= _PAIR_LIMIT
-        and float(weight.scale.min()) / (factor * 2) >= _TINY
+        and float(weight.scale.min()) / (factor * 2) >= TINY
     ):
         factor *= 2
     return weight.multiplied(factor)

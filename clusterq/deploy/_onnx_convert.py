@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, fx
 
 from clusterq.deploy import _onnx_aten, _onnx_integer
+from clusterq.deploy._grids import Grid
 from clusterq.deploy._onnx_aten import arguments, aten
-from clusterq.deploy._onnx_codes import Grid, StoredWeight, folded, refined, stored_weight
+from clusterq.deploy._onnx_codes import StoredWeight, folded, refined, stored_weight
 from clusterq.deploy._onnx_graph import GraphWriter
 from clusterq.errors import ModelError
+from clusterq.nn.folding import NORM_PARTS
 
 _FAKE_QUANTIZE = torch.ops.clusterq.fake_quantize.default
 _CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default}
@@ -243,7 +245,7 @@ class Converter:
         if len(users) != 1 or users[0].target not in _BATCH_NORM:
             return None
         norm = arguments(users[0])
-        constant = all(norm[k] is None or norm[k].name in self.tensors for k in _NORM_TENSORS)
+        constant = all(norm[k] is None or norm[k].name in self.tensors for k in NORM_PARTS)
         return users[0] if constant and not norm.get("training") else None
 
     def _convolution(self, node: fx.Node) -> str:
@@ -369,9 +371,6 @@ class Converter:
         inputs = [a["input"], weight, bias, a["running_mean"], a["running_var"]]
         y = self.node("BatchNormalization", inputs, node, epsilon=float(a["eps"]))
         return y if isinstance(node.meta["val"], Tensor) else [y]
-
-
-_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
 def _geometry(a: dict[str, Any], weight: list[int]) -> dict[str, Any]:

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from clusterq import ops
 from clusterq.deploy import _onnx_aten
+from clusterq.deploy._grids import Grid
 from clusterq.deploy._onnx_aten import arguments, aten
-from clusterq.deploy._onnx_codes import Grid, StoredWeight
+from clusterq.deploy._onnx_codes import StoredWeight
 from clusterq.deploy._onnx_convert import _BATCH_NORM, _CONVOLUTIONS, Converter, _geometry
-from clusterq.deploy.integer import integer_weight
 from clusterq.nn.folding import integer_norm_of, offset_of, source_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 
@@ -34,6 +33,14 @@ _MOVING = {
     *(aten.feature_dropout.default, aten.contiguous.default, aten.alias.default, aten.detach.default),
     *(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, operator.getitem),
 }
+
+
+def _keeps_codes(node: fx.Node) -> bool:
+    """Whether a moving operator puts nothing but zeros beside the codes: padding takes any number."""
+    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
+        return True
+    a = arguments(node)
+    return a.get("mode", "constant") != "constant" or not a["value"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +64,26 @@ class IntegerLayer:
     norm: str | None
 
 
-def integer_layers(student: nn.Module) -> dict[str, IntegerLayer]:
-    """Every layer of a network of scheme deploy that reads codes, by name."""
+def integer_layers(student: nn.Module, grids: Mapping[str, Grid]) -> dict[str, IntegerLayer]:
+    """Every layer of a network of scheme deploy that reads codes, by name.
+
+    Args:
+        student: on the CPU, float32.
+        grids: of its weights, by the names of their quantizers.
+    """
     norms = {integer_norm_of(m): (name, m) for name, m in student.named_modules() if integer_norm_of(m) is not None}
     found: dict[str, IntegerLayer] = {}
     for name, layer in student.named_modules():
         if isinstance(layer, (QuantizedConv2d, QuantizedLinear)) and source_of(layer) is not None:
+            grid = grids[f"{name}.weight_quantizer"]
             norm_name, norm = norms.get(layer, (None, None))
-            numbers = offset_of(layer, norm)
-            sign = numbers.gain.sign().long().reshape([-1] + [1] * (layer.weight.dim() - 1))
+            numbers = offset_of(layer, norm, grid.scale)
+            sign = numbers.gain.sign().long()
+            codes, zeros = _signed(grid.codes(layer.weight).long(), grid.column(layer.weight), sign)
             has_bias = norm is not None or layer.bias is not None
             found[name] = IntegerLayer(
-                (integer_weight(layer) * sign).to(torch.int8),
-                _signed(layer, sign),
+                (codes - zeros).to(torch.int8),
+                (codes.to(torch.int8), zeros.reshape(-1).to(torch.int8)),
                 numbers.scale.float(),
                 numbers.code.to(torch.int32) if has_bias else None,
                 numbers.unit.float(),
@@ -78,22 +92,19 @@ def integer_layers(student: nn.Module) -> dict[str, IntegerLayer]:
     return found
 
 
-def _signed(layer: QuantizedConv2d | QuantizedLinear, sign: Tensor) -> tuple[Tensor, Tensor]:
-    scale, zero_point, low, high = layer.weight_quantizer.qparams(layer.weight)
-    codes = ops.quantize(layer.weight.detach().float(), scale.float(), zero_point, low, high, axis=0).long()
-    zero_point = zero_point.long()
+def _signed(codes: Tensor, zero_point: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and zero points, which broadcast against them, of a weight times signs [C] (1, -1, or 0)."""
+    sign = sign.reshape(zero_point.shape)
     # -(c - z) = (-1 - c) - (-1 - z), where -1 - c is a code like c itself.
-    turned, flat = torch.where(sign < 0, -1 - codes, codes), sign.reshape(-1)
-    zeros = torch.where(flat < 0, -1 - zero_point, zero_point)
-    turned = torch.where(sign == 0, zeros.reshape(sign.shape), turned)
-    return turned.to(torch.int8), zeros.to(torch.int8)
+    zeros = torch.where(sign < 0, -1 - zero_point, zero_point)
+    return torch.where(sign == 0, zeros, torch.where(sign < 0, -1 - codes, codes)), zeros
 
 
 class DeployConverter(Converter):
     """The converter for networks of scheme deploy; other arguments as `Converter`.
 
     Args:
-        layers: from `integer_layers`.
+        integers: from `integer_layers`.
     """
 
     def __init__(self, *args: Any, integers: Mapping[str, IntegerLayer], **settings: Any) -> None:
@@ -114,7 +125,7 @@ class DeployConverter(Converter):
 
     def _convert(self, node: fx.Node) -> Any:
         source: Any = node.args[0] if node.args else None
-        if node.target in _MOVING and source in self.coded:
+        if node.target in _MOVING and source in self.coded and _keeps_codes(node):
             return self._moved(node, source)
         if node.target is aten.mean.dim and self._is_global(node):
             self._squeezed[node] = [] if arguments(node)["keepdim"] else [2, 3]

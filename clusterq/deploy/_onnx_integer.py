@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from clusterq.deploy import _onnx_aten
+from clusterq.deploy._grids import Grid
 from clusterq.deploy._onnx_aten import aten
-from clusterq.deploy._onnx_codes import Grid, StoredWeight
+from clusterq.deploy._onnx_codes import StoredWeight
 
 if TYPE_CHECKING:
     from clusterq.deploy._onnx_convert import Converter

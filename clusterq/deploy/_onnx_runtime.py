@@ -18,6 +18,8 @@ from clusterq.deploy.onnx import OnnxExport, build
 from clusterq.errors import require
 from clusterq.nn.layers import quantized_weights_kept
 
+Run = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
 # Operators that multiply integers, of ONNX and of onnxruntime's own domain.
 _INTEGER = (
     "QLinearConv",
@@ -93,10 +95,15 @@ def interleaved(calls: Sequence[Callable[[], object]], *, seconds: float = 0.5) 
     return times
 
 
-def runner(model: bytes | Path, x: Tensor, *, threads: int = 1) -> Callable[[], object]:
-    """One run of a file on a batch, for `interleaved`."""
-    run, given = session(model, threads=threads), {"input": x.numpy()}
-    return lambda: run.run(None, given)
+def runner(model: bytes | str | Path, *, threads: int = 1) -> Run:
+    """A function from an input to the first output of a file."""
+    run = session(model, threads=threads)
+
+    def call(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        found: np.ndarray[Any, Any] = run.run(["output"], {"input": x})[0]
+        return found
+
+    return call
 
 
 def float_model(model: nn.Module, example_input: Tensor) -> bytes:
@@ -105,15 +112,9 @@ def float_model(model: nn.Module, example_input: Tensor) -> bytes:
     return data
 
 
-def agreement(model: nn.Module, path: Path, batches: Iterable[Tensor], *, threads: int = 1) -> tuple[int, int]:
-    """How many images get the same class from the twin and from the file in onnxruntime, and of how many."""
-    run = session(path, threads=threads)
-    return same_classes(model, lambda x: run.run(["output"], {"input": x})[0], batches)
-
-
 def same_classes(
     model: nn.Module,
-    run: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]],
+    run: Run,
     batches: Iterable[Tensor],
 ) -> tuple[int, int]:
     """How many images get the same class from the twin and from a runtime, and of how many."""

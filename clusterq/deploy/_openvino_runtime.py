@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clusterq.deploy._onnx_runtime import Run
+from clusterq.deploy.onnx import OnnxExport
 from clusterq.errors import require
 
 # What multiplies by weights, in OpenVINO's words for what it runs, and the 8-bit types it names.
@@ -35,6 +36,10 @@ class Products:
     integer: dict[str, int]
     floating: dict[str, int]
     weights: frozenset[str]
+
+    def layers(self, export: OnnxExport) -> list[str]:
+        """Names of the quantized layers of the file that are computed in integers."""
+        return [layer.name for layer in export.layers if layer.codes in self.weights]
 
 
 def is_installed() -> bool:
@@ -79,8 +84,8 @@ def products(model: Any) -> Products:
     return Products(dict(integer), dict(floating), frozenset(weights))
 
 
-def runner(model: Any) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """A function from an input to the first output, which the next call overwrites."""
+def runner(model: Any) -> Run:
+    """A function from an input to the first output of a `CompiledModel`, which the next call overwrites."""
     request = model.create_infer_request()
 
     def run(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import torch
+from torch import Tensor
 
+from clusterq import readers
 from clusterq.config import ClusterQConfig, QuantizationConfig
-from clusterq.errors import CheckpointError
-from clusterq.models import Source
+from clusterq.errors import CheckpointError, ModelError
+from clusterq.network_record import NetworkRecord, fields_checked, items, number, shared_fields, text, whole
+from clusterq.nn.folding import NORM_PARTS
 from clusterq.nn.quantizers import Fused
 
 FORMAT, FORMAT_VERSION = "clusterq-packed", 1
@@ -22,7 +26,8 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
-NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
+# Groups whose numbers enter products: what is infinite there would make NaN.
+_FINITE = ("scales", "activation_scales", "batch_norms")
 LAYOUT = (
     "packed.safetensors holds, little-endian, one tensor of each kind with the entries listed here one after another. "
     "codes: per weight ceil(elements*bits/8) bytes; bit i of them is bit i%8 of byte i//8, bit 0 the lowest; element j "
@@ -32,9 +37,9 @@ LAYOUT = (
     "weight = (code-zero_point)*scale per entry of axis 0. activation: first relu, relu6 or none, then "
     "(clamp(round_half_even(x*(1/scale))+zero_point, quant_min, quant_min+2^bits-1)-zero_point)*scale, in float32."
 )
-# A record is a line per layer; an image and a header have their limits too, so that a file cannot ask for more.
+# A record is a line per layer, and a header has its limit too, so that a file cannot ask for more.
 _MAX_RECORD, _MAX_HEADER = 1 << 26, 1 << 16
-_MAX_SIZE, _MAX_PIXELS = 1 << 31, 1 << 24
+_MAX_SIZE, _MAX_NAME, _MAX_DIMENSIONS = 1 << 31, 1024, 8
 
 WeightEntry = tuple[str, tuple[int, ...], int]
 ActivationEntry = tuple[str, int, int, int, str]
@@ -43,31 +48,18 @@ TensorEntry = tuple[str, str, tuple[int, ...]]
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class PackedRecord:
-    """What `packed.json` says.
+@dataclass(frozen=True, kw_only=True)
+class PackedRecord(NetworkRecord):
+    """What `packed.json` says, beside what every record does.
 
     Attributes:
         network: class of the network; a label.
         quantization: settings it was prepared with.
-        input_shape: channels, height, width of one image.
-        num_classes: length of the output.
-        source: where the network in floating point came from; None when it was handed over as a module.
-        mean, std: normalisation of pixels in 0..1.
-        tensors_sha256: of `packed.safetensors`.
-        versions: of Python, torch and this package at the time of saving.
         weights, activations, batch_norms, tensors: the entries, see `clusterq.deploy.packed`.
     """
 
     network: str
     quantization: QuantizationConfig
-    input_shape: tuple[int, int, int]
-    num_classes: int
-    source: Source | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    tensors_sha256: str
-    versions: Mapping[str, str]
     weights: tuple[WeightEntry, ...]
     activations: tuple[ActivationEntry, ...]
     batch_norms: tuple[NormEntry, ...]
@@ -79,15 +71,9 @@ class PackedRecord:
         head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "tensors_sha256": self.tensors_sha256,
             "layout": LAYOUT,
             "network": self.network,
-            "input_shape": self.input_shape,
-            "num_classes": self.num_classes,
-            "mean": self.mean,
-            "std": self.std,
-            "source": asdict(self.source) if self.source is not None else None,
-            "versions": dict(self.versions),
+            **self.shared_json(),
             "quantization": quantization,
         }
         lines = [f"{json.dumps(key)}:{_compact(value)}" for key, value in head.items()]
@@ -137,105 +123,105 @@ def read_record(folder: Path) -> PackedRecord:
 
     Raises:
         CheckpointError: not such a record, of an unknown format, or with a field that is absent or malformed.
+        OSError: it cannot be read.
     """
     file = folder / RECORD
     if not file.is_file():
         raise CheckpointError(f"{folder} is not a packed network: it has no {RECORD}")
-    if file.stat().st_size > _MAX_RECORD:
-        raise CheckpointError(f"{file} is damaged: a record has less than {_MAX_RECORD} bytes")
-    try:
-        data = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{file} is not the record of a packed network")
-    if data.get("format_version") != FORMAT_VERSION:
-        version = data.get("format_version")
-        raise CheckpointError(f"{folder} has packed format {version!r}; this version reads {FORMAT_VERSION}")
-    try:
-        record = _record(data)
-        _check_names(record)
-    except KeyError as error:
-        raise CheckpointError(f"{file} is damaged: it has no {error}") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    return record
+    what = "the record of a packed network"
+    data = readers.read_record(
+        file, CheckpointError, format=FORMAT, version=FORMAT_VERSION, what=what, limit=_MAX_RECORD
+    )
+    with fields_checked(f"{file} is damaged", CheckpointError):
+        return _record(data)
+
+
+def check_readable(record: PackedRecord) -> bytes:
+    """The bytes of the record's file, which `read_record` takes. Raises ModelError where it would not."""
+    data, problem = record.to_json().encode(), "the network cannot be packed"
+    if len(data) > _MAX_RECORD:
+        raise ModelError(f"{problem}: its record has more than {_MAX_RECORD} bytes")
+    with fields_checked(problem, ModelError):
+        _record(readers.parse_json(data, "its record", ModelError))
+    return data
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str, failure: readers.Failure) -> None:
+    """Raises `failure` for numbers in the tensors of a file that no network has: NaN, and unusable steps.
+
+    Buffers may be infinite, as masks are.
+    """
+    for name, value in tensors.items():
+        if not value.is_floating_point():
+            continue
+        if bool(value.isnan().any()) or (name in _FINITE and bool(value.isinf().any())):
+            raise failure(f"{where}: {name} holds a NaN{' or infinite value' if name in _FINITE else ''}")
+    for name in ("scales", "activation_scales"):
+        if bool((tensors[name] < torch.finfo(torch.float32).tiny).any()):
+            raise failure(f"{where}: {name} holds a number that is not positive and normal")
 
 
 def _record(data: Mapping[str, Any]) -> PackedRecord:
-    weights = _entries(data, "weights", _weight)
-    tensors = _entries(data, "tensors", _tensor)
-    channels, height, width = (_whole(v, "input_shape", 1, _MAX_PIXELS) for v in _items(data["input_shape"], 3))
-    if channels * height * width > _MAX_PIXELS:
-        raise ValueError(f"input_shape is {[channels, height, width]}; wanted at most {_MAX_PIXELS} numbers")
-    if not weights:
-        raise ValueError("it lists no weights")
-    # Some layer has a row for every class: a network for more of them than the file has rows is not built.
-    rows = max([shape[0] for _, shape, _ in weights] + [shape[0] for _, _, shape in tensors if shape])
-    return PackedRecord(
-        network=_text(data["network"], "network"),
+    record = PackedRecord(
+        **shared_fields(data),
+        network=text(data["network"], "network"),
         quantization=ClusterQConfig.from_dict({"quantization": data["quantization"]}).quantization,
-        input_shape=(channels, height, width),
-        num_classes=_whole(data["num_classes"], "num_classes", 1, rows),
-        source=None if data["source"] is None else _source(data["source"]),
-        mean=tuple(_number(v, "mean") for v in _items(data["mean"])),
-        std=tuple(_number(v, "std") for v in _items(data["std"])),
-        tensors_sha256=_text(data["tensors_sha256"], "tensors_sha256"),
-        versions={_text(k, "versions"): _text(v, "versions") for k, v in dict(data["versions"]).items()},
-        weights=weights,
+        weights=_entries(data, "weights", _weight),
         activations=_entries(data, "activations", _activation),
         batch_norms=_entries(data, "batch_norms", _norm),
-        tensors=tensors,
+        tensors=_entries(data, "tensors", _tensor),
     )
-
-
-def _source(value: Any) -> Source:
-    source = Source(**value)
-    weights = None if source.weights is None else _text(source.weights, "source.weights")
-    return Source(_text(source.model, "source.model"), weights, _text(source.weights_sha256, "source.weights_sha256"))
+    if not record.weights:
+        raise ValueError("it lists no weights")
+    _check_names(record)
+    return record
 
 
 def _weight(entry: Any) -> WeightEntry:
-    name, shape, bits = _items(entry, 3)
-    sizes = tuple(_whole(size, "a size", 1, _MAX_SIZE) for size in _items(shape))
-    if not 1 <= len(sizes) <= 8:
+    name, shape, bits = items(entry, 3)
+    sizes = tuple(whole(size, "a size", 1, _MAX_SIZE) for size in items(shape))
+    if not 1 <= len(sizes) <= _MAX_DIMENSIONS:
         raise ValueError(f"weight {name!r} has {len(sizes)} dimensions")
-    return _text(name, "a name"), sizes, _whole(bits, "bits", 2, 8)
+    return _name(name), sizes, whole(bits, "bits", 2, 8)
 
 
 def _activation(entry: Any) -> ActivationEntry:
-    name, bits, quant_min, zero_point, activation = _items(entry, 5)
-    bits = _whole(bits, "bits", 2, 8)
-    quant_min = _whole(quant_min, "quant_min", -(1 << (bits - 1)), 0)
-    zero_point = _whole(zero_point, "zero_point", quant_min, quant_min + (1 << bits) - 1)
+    name, bits, quant_min, zero_point, activation = items(entry, 5)
+    bits = whole(bits, "bits", 2, 8)
+    quant_min = whole(quant_min, "quant_min", -(1 << (bits - 1)), 0)
+    zero_point = whole(zero_point, "zero_point", quant_min, quant_min + (1 << bits) - 1)
     if activation not in get_args(Fused):
         raise ValueError(f"activation is {activation!r}; wanted one of {', '.join(get_args(Fused))}")
-    return _text(name, "a name"), bits, quant_min, zero_point, activation
+    return _name(name), bits, quant_min, zero_point, activation
 
 
 def _norm(entry: Any) -> NormEntry:
-    name, channels, eps = _items(entry, 3)
-    return _text(name, "a name"), _whole(channels, "channels", 1, _MAX_SIZE), _number(eps, "eps")
+    name, channels, eps = items(entry, 3)
+    return _name(name), whole(channels, "channels", 1, _MAX_SIZE), number(eps, "eps")
 
 
 def _tensor(entry: Any) -> TensorEntry:
-    name, dtype, shape = _items(entry, 3)
+    name, dtype, shape = items(entry, 3)
     if dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
-    return _text(name, "a name"), dtype, tuple(_whole(size, "a size", 0, _MAX_SIZE) for size in _items(shape))
+        raise ValueError(f"dtype of {name!r} is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    sizes = tuple(whole(size, "a size", 0, _MAX_SIZE) for size in items(shape))
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(sizes)} dimensions")
+    return _name(name), dtype, sizes
 
 
 def _check_names(record: PackedRecord) -> None:
     names = [name for name, _, _ in record.weights] + [name for name, _, _ in record.tensors]
     names += [f"{name}.{part}" for name, _, _ in record.batch_norms for part in NORM_PARTS]
     for found in (names, [name for name, *_ in record.activations]):
-        if len(set(found)) != len(found):
-            raise ValueError(f"it lists {next(name for name in found if found.count(name) > 1)} twice")
+        twice = next((name for name, count in Counter(found).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"it lists {twice} twice")
 
 
 def _entries(data: Mapping[str, Any], key: str, read: Callable[[Any], _T]) -> tuple[_T, ...]:
     found: list[_T] = []
-    for index, entry in enumerate(_items(data[key])):
+    for index, entry in enumerate(items(data[key])):
         try:
             found.append(read(entry))
         except (TypeError, ValueError) as error:
@@ -243,33 +229,10 @@ def _entries(data: Mapping[str, Any], key: str, read: Callable[[Any], _T]) -> tu
     return tuple(found)
 
 
-def _items(value: Any, count: int | None = None) -> list[Any]:
-    if not isinstance(value, list) or count not in (None, len(value)):
-        raise ValueError(f"{_shown(value)} is not a list{'' if count is None else f' of {count}'}")
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not 1 <= len(value) <= _MAX_NAME:
+        raise ValueError(f"a name is not a text of 1 to {_MAX_NAME} characters")
     return value
-
-
-def _whole(value: Any, name: str, least: int, most: int) -> int:
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {_shown(value)}; wanted a whole number from {least} to {most}")
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {_shown(value)}; wanted a number")
-    return float(value)
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not 1 <= len(value) <= 1024:
-        raise ValueError(f"{name} is {_shown(value)}; wanted a text")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _compact(value: Any) -> str:

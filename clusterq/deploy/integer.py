@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from clusterq import ops
+from clusterq.deploy._grids import weight_grid
 from clusterq.errors import ModelError
 from clusterq.nn.folding import integer_norm_of, offset_of, source_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
@@ -221,10 +221,10 @@ class IntegerRun:
         user = next(iter(node.users), None)
         norm = self.modules.get(str(user.target)) if user is not None and user.op == "call_module" else None
         norm = norm if norm is not None and integer_norm_of(norm) is layer else None
-        weight, offset = integer_weight(layer), offset_of(layer, norm)
-        shape = [-1] + [1] * (weight.dim() - 1)
+        grid = weight_grid(str(node.target), layer)
+        offset, zeros = offset_of(layer, norm, grid.scale), grid.column(layer.weight)
         # Sums of whole numbers below 2^53 are exact in float64, in any order.
-        weight = (weight * offset.gain.sign().reshape(shape)).double()
+        weight = ((grid.codes(layer.weight).long() - zeros) * offset.gain.sign().reshape(zeros.shape)).double()
         inputs, bias = x.centered.double(), offset.code.double()
         total = _product(layer, inputs, weight, bias)
         if total.numel() and float(total.abs().max()) >= _LARGEST_SUM:
@@ -264,13 +264,6 @@ def _product(layer: QuantizedConv2d | QuantizedLinear, x: Tensor, weight: Tensor
         y: Tensor = layer._conv_forward(x, weight, bias)
         return y
     return functional.linear(x, weight, bias)
-
-
-def integer_weight(layer: QuantizedConv2d | QuantizedLinear) -> Tensor:
-    """Codes of a layer's weight less their zero points, int64, without the sign of BatchNorm's gain."""
-    scale, zero_point, low, high = layer.weight_quantizer.qparams(layer.weight)
-    codes = ops.quantize(layer.weight.detach().float(), scale.float(), zero_point, low, high, axis=0)
-    return codes.long() - zero_point.long().reshape([-1] + [1] * (codes.dim() - 1))
 
 
 def _average(node: fx.Node, module: Any, x: Codes) -> Wide:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq.deploy._capture import capture
-from clusterq.deploy._onnx_codes import Grid, checked_grid
+from clusterq.deploy._grids import Grid, activation_grid, replace_modules, weight_grid
 from clusterq.errors import ModelError, OutputError, require
 from clusterq.folders import write_file
 from clusterq.method import Result
@@ -95,7 +95,7 @@ def export_onnx(
     Raises:
         ValueError: unknown `operators`, `"integer"` with `packed` or `fold_batch_norm`, or either in scheme deploy.
         ModelError: a network that is not quantized, has no ranges, cannot be captured by `torch.export`, calls an
-            operator that has no rule here, or has numbers that ONNX cannot express; names the layer.
+            operator that has no rule here, or has numbers that integers and float32 cannot hold; names the layer.
         MissingPackageError: onnx is not installed.
         OutputError: the file exists or cannot be written.
         TypeError: `example_input` is missing.
@@ -168,7 +168,7 @@ def build(
     if deploy:
         from clusterq.deploy._onnx_deploy import DeployConverter, integer_layers
 
-        kind, extra = DeployConverter, {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval())}
+        kind, extra = DeployConverter, {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval(), grids)}
     converter = kind(
         GraphWriter(21 if packed else 17),
         tensors,
@@ -243,27 +243,16 @@ def _frozen_twin(model: nn.Module, *, quantized: bool) -> tuple[nn.Module, dict[
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in list(twin.named_modules()):
         if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
-            quantizer = module.weight_quantizer
-            parameters, key = quantizer.qparams(module.weight), f"{name}.weight_quantizer"
-            if not quantizer.enabled:
-                raise ModelError(f"{name}: quantization of its weight is switched off")
-            grids[key] = checked_grid(name, *parameters, 0)
-            module.weight_quantizer = _Grid(grids[key], "none", None, quantized)  # type: ignore[assignment]
+            grids[f"{name}.weight_quantizer"] = grid = weight_grid(name, module)
+            module.weight_quantizer = _Grid(grid, "none", None, quantized)  # type: ignore[assignment]
             module._source = ()
         elif integer_norm_of(module) is not None:
             # The converter has its numbers in integers; here it marks the place.
             module.__class__ = nn.BatchNorm2d if isinstance(module, nn.BatchNorm2d) else nn.BatchNorm1d
         elif isinstance(module, ActivationQuantizer):
-            if not module.enabled:
-                raise ModelError(f"{name}: quantization is switched off")
-            if int(module.observations) == 0:
-                raise ModelError(f"{name}: has no range yet; calibrate the network (clusterq.qat.calibrate) first")
-            grids[name] = checked_grid(name, *module.qparams(), None)
+            grids[name] = activation_grid(name, module)
             replaced[module] = _Grid(grids[name], module.activation, module.function, quantized)
-    for parent in list(twin.modules()):
-        for name, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[name] = replaced[child]
+    replace_modules(twin, replaced)
     return twin, grids
 
 

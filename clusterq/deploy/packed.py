@@ -41,12 +41,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq import ops
-from clusterq.checkpoint import REBUILT
 from clusterq.deploy._packed_record import (
-    NORM_PARTS,
     RECORD,
     TENSORS,
     PackedRecord,
+    check_numbers,
+    check_readable,
     code_bytes,
     dtype_name,
     read_record,
@@ -55,8 +55,10 @@ from clusterq.deploy.plain import ActivationGrid, CodedWeight, Numbers, norm_eps
 from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
 from clusterq.method import Result
-from clusterq.models import Source, build_model, file_sha256, output_classes
-from clusterq.qat.prepare import prepare, prepared_with
+from clusterq.models import Source, output_classes
+from clusterq.network_record import rebuilt_twin
+from clusterq.nn.folding import NORM_PARTS
+from clusterq.qat.prepare import prepared_with
 
 __all__ = ["PackedNetwork", "is_packed", "load_packed", "save_packed", "theoretical_bytes"]
 
@@ -67,8 +69,7 @@ class PackedNetwork:
 
     Attributes:
         record: where the network came from, its shapes and settings.
-        numbers: its codes, scales and other tensors; `numbers.state_dict()` fits a network in floating point with the
-            same parameters, whose weights are then the quantized ones.
+        numbers: its codes, scales and other tensors, see `clusterq.deploy.plain.Numbers`.
     """
 
     record: PackedRecord
@@ -83,17 +84,9 @@ class PackedNetwork:
 
         Raises:
             CheckpointError: the network cannot be rebuilt, or does not fit.
+            ModelError, MissingPackageError: see `clusterq.records.rebuilt_twin`.
         """
-        record = self.record
-        if model is None:
-            if record.source is None or record.source.model.split(":", 1)[0] not in REBUILT:
-                origin = record.source.model if record.source is not None else "a module"
-                raise CheckpointError(f"the packed network came from {origin}: hand over the network itself")
-            model = build_model(record.source.model, record.num_classes)
-        try:
-            twin = prepare(model.cpu(), record.quantization, example_input=torch.zeros(1, *record.input_shape))
-        except (ModelError, ValueError) as error:
-            raise CheckpointError(f"the packed file does not fit the network: {error}") from error
+        twin = rebuilt_twin(self.record, self.record.quantization, model, "the packed file")
         self._check_names(twin)
         self._check_norms(twin)
         self._check_shapes(twin.state_dict())
@@ -157,7 +150,8 @@ def save_packed(
 
     Raises:
         TypeError: a network without `input_shape`.
-        ModelError: a network that is not quantized or has no ranges; names the layer.
+        ModelError: a network that is not quantized, has no ranges (names the layer), cannot run on such images, or
+            holds what `load_packed` would refuse: complex numbers, NaN, and what is larger than a record may describe.
         OutputError: the folder exists or cannot be written.
     """
     from clusterq.versions import versions
@@ -171,31 +165,33 @@ def save_packed(
     quantization = prepared_with(model)
     numbers = numbers_of(model)
     norms = _batch_norms(model, numbers)
-    data = require("safetensors.torch", purpose="saving a network").save(_pack(numbers, norms))
+    tensors = _pack(numbers, norms)
+    data = require("safetensors.torch", purpose="saving a network").save(tensors)
+    record = PackedRecord(
+        network=type(model).__name__,
+        quantization=quantization,
+        input_shape=input_shape,
+        num_classes=output_classes(model, input_shape),
+        source=source,
+        mean=mean,
+        std=std,
+        tensors_sha256=hashlib.sha256(data).hexdigest(),
+        versions=versions(),
+        weights=tuple((name, tuple(w.codes.shape), w.bits) for name, w in numbers.weights.items()),
+        activations=tuple(
+            (name, (grid.quant_max - grid.quant_min).bit_length(), grid.quant_min, grid.zero_point, grid.activation)
+            for name, grid in numbers.activations.items()
+        ),
+        batch_norms=tuple((name, len(numbers.tensors[f"{name}.weight"]), eps) for name, eps in norms.items()),
+        tensors=tuple(
+            (name, dtype_name(value.dtype), tuple(value.shape)) for name, value in _remaining(numbers, norms).items()
+        ),
+    )
+    described = check_readable(record)
+    check_numbers(tensors, "the network cannot be packed", ModelError)
     with new_folder(path, overwrite=overwrite) as folder:
         (folder / TENSORS).write_bytes(data)
-        record = PackedRecord(
-            network=type(model).__name__,
-            quantization=quantization,
-            input_shape=input_shape,
-            num_classes=output_classes(model, input_shape),
-            source=source,
-            mean=mean,
-            std=std,
-            tensors_sha256=file_sha256(folder / TENSORS),
-            versions=versions(),
-            weights=tuple((name, tuple(w.codes.shape), w.bits) for name, w in numbers.weights.items()),
-            activations=tuple(
-                (name, (grid.quant_max - grid.quant_min).bit_length(), grid.quant_min, grid.zero_point, grid.activation)
-                for name, grid in numbers.activations.items()
-            ),
-            batch_norms=tuple((name, len(numbers.tensors[f"{name}.weight"]), eps) for name, eps in norms.items()),
-            tensors=tuple(
-                (name, dtype_name(value.dtype), tuple(value.shape))
-                for name, value in _remaining(numbers, norms).items()
-            ),
-        )
-        (folder / RECORD).write_text(record.to_json())
+        (folder / RECORD).write_bytes(described)
     return PackedNetwork(record, numbers)
 
 
@@ -291,11 +287,7 @@ def _read(file: Path, record: PackedRecord) -> dict[str, Tensor]:
         if got.dtype != dtype or got.shape != (length,):
             found = f"{got.dtype} {list(got.shape)}"
             raise CheckpointError(f"{file}: {name} is {found}; its record describes {dtype} [{length}]")
-        if got.is_floating_point() and not bool(torch.isfinite(got).all()):
-            raise CheckpointError(f"{file}: {name} holds a NaN or infinite value")
-    for name in ("scales", "activation_scales"):
-        if bool((tensors[name] < torch.finfo(torch.float32).tiny).any()):
-            raise CheckpointError(f"{file}: {name} holds a number that is not positive and normal")
+    check_numbers(tensors, str(file), CheckpointError)
     return tensors
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clusterq import ops
-from clusterq.deploy._onnx_codes import checked_grid
+from clusterq.deploy._grids import Grid, activation_grid, replace_modules, weight_grid
 from clusterq.errors import ModelError
-from clusterq.nn.folding import integer_norm_of, offset_of, on_grid
+from clusterq.nn.folding import NORM_PARTS, integer_norm_of, offset_of, on_grid
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from clusterq.method import Result
 
 __all__ = ["ActivationGrid", "CodedWeight", "FixedQuantizer", "Numbers", "convert", "numbers_of"]
-
-_NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class CodedWeight:
 
 @dataclass(frozen=True)
 class ActivationGrid:
-    """How a tensor is quantized: value = (code - zero_point) * scale, code = clamp(round(x / scale) + zero_point).
+    """How a tensor x is quantized: (c - zero_point) * scale with c = clamp(round(x * (1 / scale)) + zero_point).
 
     Attributes:
         scale: float32 [1], positive.
@@ -91,7 +89,11 @@ class Numbers:
     tensors: Mapping[str, Tensor]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Parameters and buffers of the network in floating point, its weights dequantized: for `load_state_dict`."""
+        """Parameters and buffers by the names of the network in floating point, its weights dequantized.
+
+        For `load_state_dict`; in scheme deploy layers whose bias went into a BatchNorm have none, and that of
+        `convert`'s result is the network these fit.
+        """
         return {**{name: weight.dequantized() for name, weight in self.weights.items()}, **self.tensors}
 
 
@@ -149,14 +151,19 @@ def numbers_of(model: nn.Module | Result) -> Numbers:
     model = _network(model)
     parts = parts_of(model)
     state = model.state_dict()
+    grids = {name: weight_grid(name.removesuffix(".weight"), layer) for name, layer in parts.weights.items()}
+    steps = {layer: grids[name].scale for name, layer in parts.weights.items()}
     for name, layer in parts.weights.items():
         if layer.bias is not None and layer.in_integers():
-            state[f"{name.removesuffix('.weight')}.bias"] = on_grid(layer.bias.detach(), offset_of(layer))
+            numbers = offset_of(layer, step=steps[layer])
+            state[f"{name.removesuffix('.weight')}.bias"] = on_grid(layer.bias.detach(), numbers)
     for name, norm in parts.folded.items():
-        state.update({f"{name}.{key}": value for key, value in _folded(norm).items()})
+        of = integer_norm_of(norm)
+        assert of is not None
+        state.update({f"{name}.{key}": value for key, value in _folded(norm, steps[of]).items()})
     kept = {name: state[name].detach().cpu().to(_kept_dtype(state[name]), copy=True) for name in parts.tensors}
     return Numbers(
-        {name: _coded(name.removesuffix(".weight"), layer) for name, layer in parts.weights.items()},
+        {name: _coded(layer, grids[name]) for name, layer in parts.weights.items()},
         {name: _fixed(name, quantizer) for name, quantizer in parts.activations.items()},
         kept,
     )
@@ -190,11 +197,11 @@ def parts_of(twin: nn.Module) -> Parts:
             apart.add(f"{name}.num_batches_tracked")
             if integer_norm_of(module) is not None:
                 folded[name] = module
-                apart |= {f"{name}.{key}" for key in _NORM}
+                apart |= {f"{name}.{key}" for key in NORM_PARTS}
     if not weights:
         raise ModelError(f"{type(twin).__name__} is not quantized; wanted what clusterq.prepare made")
     names = [name for name in twin.state_dict() if name not in apart]
-    return Parts(weights, activations, folded, (*names, *(f"{name}.{key}" for name in folded for key in _NORM)))
+    return Parts(weights, activations, folded, (*names, *(f"{name}.{key}" for name in folded for key in NORM_PARTS)))
 
 
 def norm_eps(norm: Any) -> float:
@@ -219,10 +226,7 @@ def plain(model: nn.Module, numbers: Numbers) -> nn.Module:
         elif getattr(module, "statistics_frozen", False):
             # Back from the class that keeps a BatchNorm in evaluation mode while everything else trains.
             module.__class__ = type(module).__mro__[1]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in replaced:
-                parent._modules[name] = replaced[child]
+    replace_modules(model, replaced)
     # Of a network, not of a twin: nothing that asks for its quantization shall find it.
     if hasattr(model, "_quantization"):
         del model._quantization
@@ -242,39 +246,32 @@ def _kept_dtype(value: Tensor) -> torch.dtype:
     return torch.float32 if value.is_floating_point() else value.dtype
 
 
-def _coded(name: str, layer: QuantizedConv2d | QuantizedLinear) -> CodedWeight:
-    quantizer = layer.weight_quantizer
-    if not quantizer.enabled:
-        raise ModelError(f"{name}: quantization of its weight is switched off")
-    grid = checked_grid(name, *quantizer.qparams(layer.weight), 0)
-    weight = layer.weight.detach().cpu().float()
-    codes = ops.quantize(weight, grid.scale, grid.zero_point, grid.quant_min, grid.quant_max, axis=0)
+def _coded(layer: QuantizedConv2d | QuantizedLinear, grid: Grid) -> CodedWeight:
+    codes = grid.codes(layer.weight)
     if layer.bias is not None and layer.in_integers():
         # Of channels that are constants, see `clusterq.nn.folding`.
-        constant = (offset_of(layer).gain == 0).cpu()
-        shape = [-1] + [1] * (codes.dim() - 1)
-        codes = torch.where(constant.reshape(shape), grid.zero_point.to(codes.dtype).reshape(shape), codes)
-    return CodedWeight(codes.contiguous(), grid.scale, grid.zero_point.to(torch.int8), quantizer.bits)
+        zeros = grid.column(codes)
+        constant = (offset_of(layer, step=grid.scale).gain == 0).cpu().reshape(zeros.shape)
+        codes = torch.where(constant, zeros.to(codes.dtype), codes)
+    return CodedWeight(codes, grid.scale, grid.zero_point.to(torch.int8), grid.bits)
 
 
-def _folded(norm: Any) -> dict[str, Tensor]:
-    """Gain and offset of a folded BatchNorm as the twin computes with them, by the names of a BatchNorm's tensors."""
+def _folded(norm: Any, step: Tensor) -> dict[str, Tensor]:
+    """Gain and offset of a folded BatchNorm as the twin computes with them, by the names of a BatchNorm's tensors.
+
+    `step`: of the weight [C] of its layer.
+    """
     layer = integer_norm_of(norm)
     assert layer is not None
-    numbers = offset_of(layer, norm)
+    numbers = offset_of(layer, norm, step)
     gain, offset = (value.detach() for value in norm.gain_and_offset())
     gain = torch.where(numbers.gain == 0, 0.0, gain)
     values = (gain, on_grid(offset, numbers), torch.zeros_like(gain), torch.ones_like(gain))
-    return dict(zip(_NORM, values, strict=True))
+    return dict(zip(NORM_PARTS, values, strict=True))
 
 
 def _fixed(name: str, quantizer: ActivationQuantizer) -> ActivationGrid:
-    if not quantizer.enabled:
-        raise ModelError(f"{name}: quantization is switched off")
-    if int(quantizer.observations) == 0:
-        raise ModelError(f"{name}: has no range yet; calibrate the network (clusterq.qat.calibrate) first")
-    grid = checked_grid(name, *quantizer.qparams(), None)
-    assert quantizer.activation in get_args(Fused)
+    grid = activation_grid(name, quantizer)
     return ActivationGrid(grid.scale, int(grid.zero_point), grid.quant_min, grid.quant_max, quantizer.activation)
 
 
@@ -284,6 +281,7 @@ def _plain_layer(layer: Any, weight: CodedWeight) -> nn.Module:
     made: nn.Module = cls.__new__(cls)
     made.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()}
     del made._modules["weight_quantizer"]
-    made.__dict__.pop("_source", None)
+    for name in ("_source", "_has_norm", "_step"):
+        made.__dict__.pop(name, None)
     made._parameters["weight"] = nn.Parameter(weight.dequantized().to(layer.weight.device), requires_grad=False)
     return made

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
     from clusterq.nn.quantizers import ActivationQuantizer
 
+# A BatchNorm's tensors in the order in which formulas and files take them.
+NORM_PARTS = ("weight", "bias", "running_mean", "running_var")
 _LARGEST_CODE = 2.0**30
 _SMALLEST_SCALE = 2.0**-60
 _CODE_OF_CONSTANT = 2.0**20
@@ -88,7 +90,7 @@ class _IntegerNorm(_BatchNorm):
         if not layer.in_integers():
             return super().forward(x)
         gain, offset = self.gain_and_offset()
-        numbers = integer_offset(gain.detach(), offset.detach(), *layer.scales())
+        numbers = integer_offset(gain.detach(), offset.detach(), *layer.scales(layer.taken_step()))
         gain, offset = torch.where(numbers.gain == 0, 0.0, gain), on_grid(offset, numbers)
         zeros, ones = torch.zeros_like(offset), torch.ones_like(offset)
         return functional.batch_norm(x, zeros, ones, gain, offset, False, 0.0, 0.0)
@@ -114,6 +116,7 @@ def attach_norm(norm: Any, layer: QuantizedConv2d | QuantizedLinear) -> None:
     cls: Any = type(norm)
     norm.__class__ = _integer_norm(cls)
     norm._layer = (layer,)
+    layer._has_norm = True
 
 
 def integer_norm_of(norm: nn.Module) -> QuantizedConv2d | QuantizedLinear | None:
@@ -121,14 +124,20 @@ def integer_norm_of(norm: nn.Module) -> QuantizedConv2d | QuantizedLinear | None
     return norm._layer[0] if isinstance(norm, _IntegerNorm) and norm._layer else None
 
 
-def offset_of(layer: QuantizedConv2d | QuantizedLinear, norm: nn.Module | None = None) -> IntegerOffset:
-    """Numbers of a layer with the BatchNorm behind it, as its twin computes with them."""
+def offset_of(
+    layer: QuantizedConv2d | QuantizedLinear, norm: nn.Module | None = None, step: Tensor | None = None
+) -> IntegerOffset:
+    """Numbers of a layer with the BatchNorm behind it, as its twin computes with them.
+
+    `step`: of the weight [C], where it is known already.
+    """
+    scales = layer.scales(step)
     if isinstance(norm, _IntegerNorm):
         gain, offset = norm.gain_and_offset()
-        return integer_offset(gain.detach(), offset.detach(), *layer.scales())
+        return integer_offset(gain.detach(), offset.detach(), *scales)
     bias = layer.bias
     offset = layer.weight.new_zeros(len(layer.weight)) if bias is None else bias.detach()
-    return integer_offset(None, offset, *layer.scales())
+    return integer_offset(None, offset, *scales)
 
 
 def source_of(layer: QuantizedConv2d | QuantizedLinear) -> ActivationQuantizer | None:

@@ -26,6 +26,9 @@ class _QuantizedWeight(nn.Module):
     _kept_scale: Tensor | None = None
     # The quantizer of the input, in a tuple so that it is not a submodule here as well; empty in scheme paper.
     _source: tuple[ActivationQuantizer, ...] = ()
+    # Whether BatchNorm behind the layer is folded, and the steps of the weight on the way to it within a forward.
+    _has_norm = False
+    _step: Tensor | None = None
 
     def quantized_weight(self) -> Tensor:
         """The weight as the layer uses it: same shape and dtype, at most 2^bits values per output channel."""
@@ -40,18 +43,36 @@ class _QuantizedWeight(nn.Module):
             return False
         return self._source[0].enabled and self._source[0].calibration is None
 
-    def scales(self) -> tuple[Tensor, Tensor]:
-        """Steps of the input [1] and of the weight [C] in use, detached; for a layer of scheme deploy."""
+    def scales(self, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Steps of the input [1] and of the weight [C] in use, detached; for a layer of scheme deploy.
+
+        `step`: of the weight, where it is known already.
+        """
+        step = self._weight_step() if step is None else step.to(self.weight.device)
+        return self._source[0].qparams()[0].detach(), step.detach()
+
+    def _weight_step(self) -> Tensor:
         kept = None if torch.is_grad_enabled() else self._kept_scale
-        scale = self.weight_quantizer.qparams(self.weight)[0] if kept is None else kept
-        return self._source[0].qparams()[0].detach(), scale.detach()
+        return self.weight_quantizer.qparams(self.weight)[0] if kept is None else kept
+
+    def taken_step(self) -> Tensor | None:
+        """Steps of the weight in the forward of the layer just now, once; for the BatchNorm behind it."""
+        step, self._step = self._step, None
+        return step
 
     def weight_and_bias(self, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight as the layer uses it, and its bias, which in scheme deploy lies on the grid of the sums."""
-        weight = self.quantized_weight()
-        if bias is None or not self.in_integers():
-            return weight, bias
-        numbers = integer_offset(None, bias.detach(), *self.scales())
+        if not self.in_integers():
+            return self.quantized_weight(), bias
+        if self._kept_weight is None or self._kept_scale is None or torch.is_grad_enabled():
+            weight, step = self.weight_quantizer.with_steps(self.weight)
+        else:
+            weight, step = self._kept_weight, self._kept_scale
+        if self._has_norm:
+            self._step = step
+        if bias is None:
+            return weight, None
+        numbers = integer_offset(None, bias.detach(), *self.scales(step))
         alive = (numbers.gain != 0).reshape([-1] + [1] * (weight.dim() - 1))
         return torch.where(alive, weight, 0.0), on_grid(bias, numbers)
 
@@ -107,9 +128,10 @@ def quantized_weights_kept(model: nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             for layer in layers:
-                layer._kept_weight = layer.quantized_weight()
-                if layer._source:
-                    layer._kept_scale = layer.weight_quantizer.qparams(layer.weight)[0]
+                if layer._source and layer.weight_quantizer.enabled:
+                    layer._kept_weight, layer._kept_scale = layer.weight_quantizer.with_steps(layer.weight)
+                else:
+                    layer._kept_weight = layer.quantized_weight()
         yield
     finally:
         for layer in layers:

@@ -352,13 +352,30 @@ class WeightQuantizer(nn.Module):
         """The weight on its grid, same shape and dtype."""
         if not self.enabled:
             return weight
-        if self.mode == "live" and self.method == "minmax" and not self.narrow:
-            return ops.fake_quantize_weight(weight, self.bits, axis=0, symmetric=self.symmetric, gradient=self.gradient)
+        return self._live(weight)[0] if self.mode == "live" else self._learned(weight)
+
+    def with_steps(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What forward gives where the quantizer is on, and the steps [channels] of that grid, detached.
+
+        One search for the range in mode live, where `qparams` beside forward would be a second one.
+        """
         if self.mode == "live":
-            scale, zero_point = self._range(weight)
-            return ops.fake_quantize(
-                weight, scale, zero_point, self.quant_min, self.quant_max, axis=0, gradient=self.gradient
+            return self._live(weight)
+        return self._learned(weight), magnitude(self.scale).detach()
+
+    def _live(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.method == "minmax" and not self.narrow:
+            value, scale, _ = ops.fake_quantize_weight(
+                weight, self.bits, axis=0, symmetric=self.symmetric, gradient=self.gradient, return_qparams=True
             )
+            return value, scale
+        scale, zero_point = self._range(weight)
+        value = ops.fake_quantize(
+            weight, scale, zero_point, self.quant_min, self.quant_max, axis=0, gradient=self.gradient
+        )
+        return value, scale
+
+    def _learned(self, weight: Tensor) -> Tensor:
         if not self._initialised:
             self._start(weight)
         return fake_quantize_by_magnitude(

@@ -21,7 +21,6 @@ no form in integers is named by `unreached`.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,13 +36,12 @@ from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_checks import code_range
 from clusterq.qat.places import Place, Places, call_name, operands, origin, readers
-from clusterq.qat.trace import is_non_negative, trace
+from clusterq.qat.trace import OUT_OF_PLACE, is_non_negative, overwritten, trace
 
 if TYPE_CHECKING:
     from clusterq.qat.prepare import _Conversion
 
 _READS_CODES = ("layer", "add", "mul", "cat", "average", "function", "moving", "quantizer", "result")
-_OUT_OF_PLACE: dict[Any, Any] = {operator.iadd: operator.add, operator.imul: operator.mul, "add_": "add", "mul_": "mul"}
 
 
 def separate_norms(student: nn.Module) -> None:
@@ -78,9 +76,9 @@ def complete(conversion: _Conversion) -> None:
         attach_norm(norm, layer)
         names = {module: name for name, module in modules.items()}
         _note(conversion, names[layer], f"{names[norm]} folded in")
-    for node in graph.nodes:
-        _out_of_place(node)
     places = Places(graph, modules)
+    for node in graph.nodes:
+        _out_of_place(node, places)
     for node in list(graph.nodes):
         if places[node] in _READS_CODES:
             for source in _without_range(node, places, modules):
@@ -164,14 +162,30 @@ def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
     return conv.train(norm.training)
 
 
-def _out_of_place(node: fx.Node) -> None:
-    """A sum in place as one that is not, where nothing reads the operand it overwrites later."""
-    other = _OUT_OF_PLACE.get(node.target)
-    first = node.args[0] if node.args else None
-    if other is not None and isinstance(first, fx.Node):
-        order = {n: i for i, n in enumerate(node.graph.nodes)}
-        if all(order[user] <= order[node] for user in first.users):
-            node.target = other
+def _out_of_place(node: fx.Node, places: Places) -> None:
+    """A sum in place as one that is not: later readers of the operand it overwrites read the sum already.
+
+    Left in place, and then without a form in integers, are those that overwrite what a tensor read later is a view of,
+    or is seen through.
+    """
+    first = overwritten(node)
+    # A buffer that counts calls goes on counting.
+    if first is None or first.op == "get_attr":
+        return
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    if all(order[user] <= order[node] for alias in _aliases(first, node, places) for user in alias.users):
+        node.target = OUT_OF_PLACE[node.target]
+        places.note(node)
+
+
+def _aliases(first: fx.Node, but: fx.Node, places: Places) -> list[fx.Node]:
+    """A tensor and those that may share its memory, except through the node `but`."""
+    while places.is_view(first):
+        first = first.all_input_nodes[0]
+    found = [first]
+    for node in found:
+        found += [user for user in node.users if user is not but and places.is_view(user)]
+    return found
 
 
 def _without_range(node: fx.Node, places: Places, modules: dict[str, nn.Module]) -> Iterator[fx.Node]:

@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
-from clusterq.qat.trace import function_activation, module_activation
+from clusterq.qat.trace import function_activation, module_activation, overwritten
 
 Place = Literal[
     "source",
@@ -65,6 +65,12 @@ _METHODS: dict[str, Place] = {
     "mul": "mul",
     "mul_": "mul",
 }
+# Results that may lie in the memory of what they were made of.
+_VIEWS = {
+    *("flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "chunk", "split", "narrow"),
+    *("select", "view_as", "unflatten", "contiguous", "detach", "getitem", "dropout", "dropout2d"),
+    *("feature_alpha_dropout", "stochastic_depth"),
+}
 _FUNCTIONS: dict[Any, Place] = {
     **dict.fromkeys((functional.dropout, functional.dropout2d, functional.feature_alpha_dropout), "passing"),
     **dict.fromkeys((functional.max_pool2d, torch.max_pool2d, functional.adaptive_max_pool2d), "moving"),
@@ -99,6 +105,8 @@ class Places:
     def __init__(self, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
         self._places: dict[fx.Node, Place] = {}
+        # Parameters, buffers, and what is made of them alone: they have no codes.
+        self._constants: set[fx.Node] = set()
         for node in graph.nodes:
             self.note(node)
 
@@ -107,7 +115,15 @@ class Places:
 
     def note(self, node: fx.Node) -> None:
         """Find the place of a node, new or changed; those it reads are known."""
+        if self._is_constant(node):
+            self._constants.add(node)
         self._places[node] = self._find(node)
+
+    def _is_constant(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method"):
+            return node.op == "get_attr"
+        reads = [read for read in node.all_input_nodes if self._places[read] != "size"]
+        return bool(reads) and all(read in self._constants for read in reads)
 
     def _find(self, node: fx.Node) -> Place:
         if node.op == "placeholder":
@@ -126,6 +142,8 @@ class Places:
         else:
             function = node.target
             place = _FUNCTIONS.get(function, "other")
+        if node in self._constants:
+            return place if place == "size" else "other"
         if place == "other" and getattr(function, "__name__", "") == "stochastic_depth":
             return "passing"
         if place == "other" and function_activation(node):
@@ -137,7 +155,20 @@ class Places:
         both = len([a for a in node.args[:2] if isinstance(a, fx.Node)]) == 2
         if place in ("add", "mul") and not (both and not node.kwargs):
             return "other"
+        if place in ("add", "mul", "cat") and any(a in self._constants for a in operands(node, place)):
+            return "other"
+        # What else lies in that memory changes too.
+        overwrites = overwritten(node)
+        if overwrites is not None and self.is_view(overwrites):
+            return "other"
         return place
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a tensor may lie in the memory of another that the network reads, too."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return self[node] == "passing" or isinstance(module, (nn.Flatten, nn.Unflatten))
+        return self[node] in ("passing", "moving") and str(getattr(node.target, "__name__", node.target)) in _VIEWS
 
 
 def _module_place(module: nn.Module) -> Place:
@@ -173,7 +204,7 @@ def operands(node: fx.Node, place: Place) -> list[fx.Node]:
         return [a for a in node.args[:2] if isinstance(a, fx.Node)]
     if place == "cat":
         tensors: Any = node.args[0] if node.args else node.kwargs["tensors"]
-        return list(tensors)
+        return [tensors] if isinstance(tensors, fx.Node) else list(tensors)
     if place in ("size", "source"):
         return []
     if place == "result":

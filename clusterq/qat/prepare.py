@@ -28,7 +28,7 @@ from clusterq.errors import ModelError
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationMode, ActivationQuantizer, WeightQuantizer, set_quantization
 from clusterq.qat import deployable
-from clusterq.qat.trace import Call, Calls, is_in_place, is_non_negative, module_activation, record_calls
+from clusterq.qat.trace import Call, Calls, is_in_place, is_non_negative, module_activation, overwritten, record_calls
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def prepared_with(prepared: nn.Module) -> QuantizationConfig:
 def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...], QuantizationConfig]:
     rows: Any = getattr(prepared, "_quantization", None)
     if rows is None:
-        raise ValueError(f"{type(prepared).__name__} does not come from clusterq.prepare")
+        raise ModelError(f"{type(prepared).__name__} does not come from clusterq.prepare")
     return rows  # type: ignore[no-any-return]
 
 
@@ -157,6 +157,8 @@ class _Conversion:
             raise ModelError(f"{type(self.student).__name__} has no Conv2d or Linear that can be quantized")
         if self.calls.graph is not None:
             self._follow_in_place(calls)
+        # A BatchNorm that became a layer is neither the first nor the last one.
+        own = [name for name in layers if not hasattr(self.modules[name], "normalises")] or layers
         seen: set[str] = set()
         for call in calls:
             module = self.modules[call.name] if call.kind == "module" else None
@@ -164,7 +166,7 @@ class _Conversion:
                 self._function(call)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 if call.name not in seen and _unsupported_layer(module) == "":
-                    self._layer(call.name, module, first=call.name == layers[0], last=call.name == layers[-1])
+                    self._layer(call.name, module, first=call.name == own[0], last=call.name == own[-1])
             elif (kind := module_activation(module)) is not None:
                 self._module_activation(call, module, kind, repeated=call.name in seen)
             seen.add(call.name)
@@ -330,17 +332,22 @@ class _Conversion:
         return new
 
     def _follow_in_place(self, calls: list[Call]) -> None:
-        """An activation in place also changes what later readers of its input see: they read its output from now on."""
+        """What works in place also changes what later readers of its input see: they read its output from now on.
+
+        Activation functions do, and sums, differences, products and quotients.
+        """
         assert self.calls.graph is not None
         order = {node: index for index, node in enumerate(self.calls.graph.nodes)}
-        for call in calls:
-            node = call.node
-            activation = call.activation or (
-                call.kind == "module" and module_activation(self.modules[call.name]) is not None
-            )
-            if node is None or not activation or not is_in_place(node, self.modules):
+        activations = {
+            call.node
+            for call in calls
+            if call.activation or (call.kind == "module" and module_activation(self.modules[call.name]) is not None)
+        }
+        for node in order:
+            overwrites = node in activations and is_in_place(node, self.modules)
+            source = _input_of(node) if overwrites else overwritten(node)
+            if source is None:
                 continue
-            source = _input_of(node)
             later = [user for user in source.users if order[user] > order[node]]
             for user in later:
                 user.replace_input_with(source, node)

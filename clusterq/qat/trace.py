@@ -206,8 +206,37 @@ class Calls:
                 self.counts[call.name] = self.counts.get(call.name, 0) + 1
 
 
+# What overwrites its first operand, beside activation functions, and the same in memory of its own.
+OUT_OF_PLACE: dict[Any, Any] = {
+    **{operator.iadd: operator.add, operator.imul: operator.mul, operator.isub: operator.sub},
+    **{operator.itruediv: operator.truediv, "add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div"},
+}
+
+
+class _Proxy(fx.Proxy):
+    """Knows `x += y` from `x = x + y`: whoever else holds x sees the sum. fx takes one for the other."""
+
+    def _in_place(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
 class LayerTracer(fx.Tracer):
     """Traces down to the layers of `torch.nn`, those derived from them, and the quantized ones."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (nn.Conv2d, nn.Linear, _BatchNorm, ActivationQuantizer)):
@@ -297,6 +326,13 @@ def is_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     # `inplace` is the only flag these functions take, except that rrelu has `training` before it.
     flags = node.args[4:] if _ACTIVATION_OF.get(node.target) == "rrelu" else node.args
     return node.target in _INPLACE_FUNCTIONS or node.kwargs.get("inplace") is True or any(a is True for a in flags)
+
+
+def overwritten(node: fx.Node) -> fx.Node | None:
+    """The operand that a sum, difference, product or quotient in place overwrites; None for any other call."""
+    first = node.args[0] if node.args else None
+    in_place = node.op in ("call_function", "call_method") and node.target in OUT_OF_PLACE
+    return first if in_place and isinstance(first, fx.Node) else None
 
 
 class _Watch(TorchFunctionMode):
