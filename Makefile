@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-pure test-interpret test-old-torch fuzz lint format bench build clean
+.PHONY: demo test test-pure test-interpret test-old-torch sanitize fuzz soak lint format bench build clean
 
 demo: .venv/.installed
 	$(BIN)/clusterq demo --output runs/demo
@@ -29,9 +29,18 @@ test-interpret: .venv/.installed
 test-old-torch: .venv/.installed .venv-old/.installed
 	CLUSTERQ_OLD_PYTHON=$(CURDIR)/.venv-old/bin/python $(BIN)/pytest tests/test_stable_abi.py
 
+# Op tests with the CPU kernels under the address and undefined-behaviour sanitizers of g++, on memory filled with NaN;
+# SANITIZE="tests/test_alignment.py" for others.
+sanitize: .venv/.installed
+	$(BIN)/python tests/sanitize.py --jobs $(JOBS) $(SANITIZE)
+
 # Every reader of foreign files on 10,000 mutated inputs; FUZZ="--seed 7 npz" for others.
 fuzz: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz_readers.py $(FUZZ)
+
+# Whole runs for half an hour: memory that grows, files that stay open. SOAK="--minutes 480" for a night.
+soak: .venv/.installed
+	$(BIN)/python -W ignore bench/soak.py $(SOAK)
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

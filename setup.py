@@ -31,6 +31,9 @@ RECORD: Path = BUILD["RECORD"]
 # Lowest PyTorch whose stable ABI the libraries use: they load in this one and in every later one.
 STABLE_TARGET = "0x020b000000000000"
 DEFAULT_CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0+PTX"
+# Of SANITIZE=1, see tests/sanitize.py. `undefined` alone leaves out casts of floats that do not fit; torch's classes
+# cross library borders with hidden type information, which `vptr` takes for another type.
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr"]
 
 
 class Unavailable(Exception):
@@ -92,12 +95,17 @@ def pybind11_include() -> list[str]:
 
 def compile_flags(libraries: str, compiler: str) -> list[str]:
     """Flags of every C++ file: no -std (torch's build helper knows it), no -march and no fast-math (equal results)."""
-    debug = os.environ.get("DEBUG") == "1"
-    flags = ["-O0", "-g"] if debug else ["-O3"]
+    flags = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3"]
+    if sanitized():
+        flags = ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS, "-fno-sanitize-recover=all"]
     flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
     flags += [f"-DTORCH_TARGET_VERSION={STABLE_TARGET}", f'-DCLUSTERQ_LIBRARY="{libraries}"']
     flags += [f'-DCLUSTERQ_COMPILER="{compiler_version(compiler)}"']
     return flags
+
+
+def sanitized() -> bool:
+    return os.environ.get("SANITIZE") == "1"
 
 
 def compiler_version(compiler: str) -> str:
@@ -116,11 +124,15 @@ def cpu_extension() -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
     sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    if sanitized():
+        # Wrong on purpose: what the sanitizers do not report here, they do not report in a kernel either.
+        sources.append("tests/sanitizer_canary.cpp")
     return CppExtension(
         "clusterq._C",
         sources,
         include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
         extra_compile_args={"cxx": compile_flags("cpp", compiler)},
+        extra_link_args=SANITIZERS if sanitized() else [],
     )
 
 

@@ -1,11 +1,20 @@
 """Shared fixtures: seeds, poisoned allocations, the evaluation data folder and a network in it."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fill",
+        action="store_true",
+        help="every test as with the fixture `poisoned`",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,12 +29,24 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def poisoned():
-    """Fresh allocations hold NaN (integers: the largest value), so that an element a kernel forgets to write shows."""
+@contextlib.contextmanager
+def filled_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def poisoned(request):
+    """Fresh allocations hold NaN (integers: the largest value), so that an element a kernel forgets to write shows."""
+    with contextlib.nullcontext() if request.config.getoption("--fill") else filled_memory():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def filled_everywhere(request):
+    with filled_memory() if request.config.getoption("--fill") else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

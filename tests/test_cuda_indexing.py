@@ -21,7 +21,8 @@ def test_index_arithmetic_and_formulas(name: str, least: int, tmp_path: Path) ->
     if compiler is None:
         pytest.skip("no C++ compiler")
     program = tmp_path / name
-    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fno-sanitize-recover=all"]
+    flags += ["-fsanitize=address,undefined,float-cast-overflow"]
     source = ROOT / f"tests/{name}.cpp"
     subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
     child = subprocess.run([program], capture_output=True, text=True)

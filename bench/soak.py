@@ -1,0 +1,105 @@
+"""Whole runs again and again: does memory grow, do files stay open, does it get slower?
+
+    python bench/soak.py [--minutes 30] [--seed 0]
+
+Every round makes images and fine-tunes a student with an object of its own, as a service would. After a warm-up of a
+fifth of the time it fits a line to the memory in use over the steps done. Exits with 1 beyond 1 MB per 1,000 steps or
+when more files are open at the end than after the warm-up; the speed is printed and judged by nobody, since other
+programs change it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, SynthesisConfig
+from clusterq.method import ClusterQ
+
+LIMIT_MB = 1.0
+CONFIG = ClusterQConfig(
+    quantization=QuantizationConfig(weight_bits=4, activation_bits=4),
+    synthesis=SynthesisConfig(num_images=32, batch_size=16, image_steps=20, autocast=False),
+    finetune=FinetuneConfig(steps=30, batch_size=8, calibration_images=16, autocast=False),
+)
+
+
+class Round(NamedTuple):
+    """Of the process, after a number of steps in all."""
+
+    steps: int
+    seconds: float
+    resident_mb: float
+    open_files: int
+
+
+def network(seed: int) -> nn.Module:
+    """Untrained, with statistics of its own: what it would classify is not the question."""
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = []
+    for width, previous in ((16, 3), (32, 16), (32, 32)):
+        layers += [nn.Conv2d(previous, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    with torch.no_grad():
+        for _ in range(20):
+            model(torch.randn(32, 3, 16, 16))
+    return model.eval()
+
+
+def measure(steps: int, start: float) -> Round:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return Round(steps, time.monotonic() - start, resident, len(os.listdir("/proc/self/fd")))
+
+
+def soak(minutes: float, seed: int) -> list[Round]:
+    model, start, steps = network(seed), time.monotonic(), 0
+
+    def count(phase: str, step: int, terms: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    rounds: list[Round] = []
+    while time.monotonic() - start < 60 * minutes:
+        method = ClusterQ(model, CONFIG, input_shape=(3, 16, 16), on_step=count)
+        method.run()
+        rounds.append(measure(steps, start))
+    return rounds
+
+
+def report(rounds: list[Round]) -> bool:
+    """Prints the verdict on the rounds after the warm-up; True when nothing grows."""
+    kept = [r for r in rounds if r.seconds > rounds[-1].seconds / 5]
+    if len(kept) < 4:
+        raise SystemExit(f"soak: {len(kept)} rounds after the warm-up tell nothing; give it more --minutes")
+    slope = 1000 * statistics.linear_regression([r.steps for r in kept], [r.resident_mb for r in kept]).slope
+    files = kept[-1].open_files - kept[0].open_files
+    speeds = [(b.steps - a.steps) / (b.seconds - a.seconds) for a, b in pairwise(kept)]
+    third = max(len(speeds) // 3, 1)
+    first, last = statistics.median(speeds[:third]), statistics.median(speeds[-third:])
+    print(f"{rounds[-1].steps} steps in {len(rounds)} runs, {rounds[-1].seconds / 60:.1f} minutes")
+    print(f"memory {kept[0].resident_mb:.0f} to {kept[-1].resident_mb:.0f} MB: {slope:+.3f} MB per 1000 steps")
+    print(f"open files {kept[0].open_files} to {kept[-1].open_files}")
+    print(f"steps per second {first:.1f} in the first third, {last:.1f} in the last: {100 * (last / first - 1):+.1f} %")
+    return slope <= LIMIT_MB and files <= 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    return 0 if report(soak(options.minutes, options.seed)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
