@@ -205,6 +205,8 @@ class FinetuneConfig:
             one step before it.
         optimizer, lr, momentum, weight_decay, schedule: SGD is Nesterov; `"step"` divides the rate by 10 at 1/4, 1/2,
             3/4.
+        rate_by_width: `lr` is that of 4 bits, halved for every bit by which the mean of `weight_bits` and
+            `activation_bits` is higher, up to doubled where it is lower: `clusterq.qat.finetune.width_factor`.
         scale_lr_factor: learning rate of the quantization steps as a multiple of `lr`; they take no weight decay.
         ce_weight, kd_weight: hard-label cross-entropy (12) and distillation from the teacher (13).
         temperature: T of the distillation; the loss carries T^2.
@@ -221,7 +223,8 @@ class FinetuneConfig:
     batch_size: Count = 128
     images: Replay = "bank"
     optimizer: Optimizer = "sgd"
-    lr: Positive = 1e-2
+    lr: Positive = 5e-3
+    rate_by_width: bool = True
     momentum: Momentum = 0.9
     weight_decay: Weight = 1e-4
     schedule: Schedule = "cosine"
@@ -368,6 +371,7 @@ def preset(name: str) -> ClusterQConfig:
         steps=300,
         images="stream",
         lr=1e-4,
+        rate_by_width=False,
         schedule="step",
         ce_weight=1.0,
         kd_weight=1.0,

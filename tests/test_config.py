@@ -94,6 +94,7 @@ BAD = {
         "kd_reduction": ["sum"],
         "grad_clip": [-1.0],
         "augment": [1],
+        "rate_by_width": [1],
         "train_batch_norm": [None],
         "calibration_images": [0, 1.5],
         "autocast": [1],

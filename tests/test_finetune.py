@@ -15,10 +15,10 @@ from clusterq.errors import DivergenceError
 from clusterq.nn.layers import QuantizedConv2d
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.qat.calibrate import calibrate
-from clusterq.qat.finetune import Finetuner, finetune, learning_rate, random_crop_and_flip
+from clusterq.qat.finetune import Finetuner, finetune, learning_rate, random_crop_and_flip, width_factor
 from clusterq.qat.prepare import prepare
 
-CONFIG = FinetuneConfig(steps=8, batch_size=16, temperature=4.0, autocast=False)
+CONFIG = FinetuneConfig(steps=8, batch_size=16, temperature=4.0, autocast=False, lr=1e-2, rate_by_width=False)
 LOW = QuantizationConfig(weight_bits=3, activation_bits=3)
 
 
@@ -227,6 +227,24 @@ def test_schedules() -> None:
     rates = [learning_rate(stepped, s) for s in (0, 24, 25, 50, 75, 99)]
     assert rates == pytest.approx([1, 1, 0.1, 0.01, 0.001, 0.001])
     assert learning_rate(replace(config, schedule="constant"), 99) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "factor"),
+    [(4, 4, 1), (8, 8, 1 / 16), (4, 8, 1 / 4), (3, 3, 2), (2, 2, 2), (5, 4, 2**-0.5)],
+)
+def test_rate_of_a_width(weights: int, activations: int, factor: float) -> None:
+    quantization = QuantizationConfig(weight_bits=weights, activation_bits=activations)
+    assert width_factor(quantization) == pytest.approx(factor)
+    config = replace(CONFIG, steps=1, momentum=0.0, weight_decay=0.0, grad_clip=0.0, lr=0.1, schedule="constant")
+    moved = []
+    for by_width in (True, False):
+        network = student(quantization)
+        before = {n: p.detach().clone() for n, p in network.named_parameters()}
+        finetune(network, teacher(), Images(), replace(config, rate_by_width=by_width), seed=0)
+        moved.append(torch.cat([(p.detach() - before[n]).flatten() for n, p in network.named_parameters()]))
+    assert moved[1].norm() > 0
+    torch.testing.assert_close(moved[0], moved[1] * factor, rtol=1e-3, atol=1e-6)
 
 
 def test_every_image_is_cropped_and_flipped_on_its_own() -> None:
