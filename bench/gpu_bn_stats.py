@@ -1,6 +1,7 @@
 """BatchNorm statistics on a GPU: every kernel against one read, one read and one write, and torch's own.
 
     python bench/gpu_bn_stats.py --json FILE [--repeats 15] [--quick] [--device cpu]
+    python bench/gpu_bn_stats.py --plan
 
 Times as in `gpu_fake_quant.py`. `read` is `x.sum()`, one read of x; `copy` a clone, which moves as many bytes as a
 forward; `copy 3/2` one of half as many elements again, as a backward moves. `clusterq` is the kernel that serves the

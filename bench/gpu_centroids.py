@@ -1,6 +1,7 @@
 """Nearest centroids and their average on a GPU: every kernel against torch, compiled torch and flash-kmeans.
 
     python bench/gpu_centroids.py --json FILE [--repeats 15] [--quick] [--device cpu]
+    python bench/gpu_centroids.py --plan
 
 Times as in `gpu_fake_quant.py`. `clusterq` is the kernel that serves the op, `clusterq triton` the Triton launcher
 called directly. `matmul` computes the N x K products alone. `compiled` is `torch.compile` of

@@ -167,6 +167,7 @@ class Facts:
         load_average: of the last minute, at the start; near 0 on an idle machine. Times taken beside other work are
             worth less, above all with as many threads as cores, where the slowest thread sets the time.
         allocator: see `memory.set_allocator`.
+        ceilings: what a GPU was measured to reach before the suite, by name with unit; empty on a CPU.
     """
 
     command: str
@@ -181,6 +182,7 @@ class Facts:
     date: str
     load_average: float
     allocator: Allocator = "system"
+    ceilings: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{op}: {kernel}" for op, kernel in self.kernels.items())
@@ -189,6 +191,7 @@ class Facts:
             f"torch {self.torch}, clusterq {self.clusterq}, {self.processor} ({self.cpu_capability}), {kernels}, "
             f"allocator {self.allocator}, "
             f"{self.date}, load {self.load_average:.2f} at the start"
+            + "".join(f", {name} {value:g}" for name, value in self.ceilings.items())
         )
 
 

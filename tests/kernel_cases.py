@@ -43,6 +43,13 @@ LAYOUTS = [
 ]
 
 
+def carry(t):
+    """A tensor on the device, with all of its memory: repeated elements stay one, none leaves its place in 16 bytes."""
+    reach = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    memory = t.as_strided((max(reach, 0) if t.numel() else 0,), (1,), 0).to(DEVICE)
+    return memory.as_strided(t.shape, t.stride(), t.storage_offset() if t.numel() else 0)
+
+
 class OnDevice:
     """`torch.ops.clusterq` for CPU tensors: strides, gaps and offsets go to the device, what is written back."""
 
@@ -52,12 +59,6 @@ class OnDevice:
 
     @staticmethod
     def call(op, arguments):
-        def carry(t):
-            # With all of its memory: repeated elements stay one, and none changes its place within 16 bytes.
-            reach = t.storage_offset() + 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            memory = t.as_strided((max(reach, 0) if t.numel() else 0,), (1,), 0).to(DEVICE)
-            return memory.as_strided(t.shape, t.stride(), t.storage_offset() if t.numel() else 0)
-
         def tensors(a):
             return isinstance(a, list) and isinstance(a[0], torch.Tensor)
 

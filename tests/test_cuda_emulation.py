@@ -7,6 +7,7 @@ finds a wrong index, a missing barrier or a formula that is off; of speed and of
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
@@ -65,6 +66,21 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     link = [compiler, "-shared", "-o", str(result), *objects, f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
     subprocess.run(link, check=True)
     return str(result)
+
+
+def test_a_missing_barrier_is_caught(tmp_path: Path) -> None:
+    """The emulation can fail: a kernel without the __syncthreads it needs is wrong in every launch, with it in none."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("g++ is not on PATH")
+    folder, target = ROOT / "tests/cuda_emulation", tmp_path / "canary.so"
+    sources = [str(folder / name) for name in ("canary.cpp", "emulation.cpp")]
+    # The other two canaries of the file are not launched here.
+    options = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unused-function", "-DCLUSTERQ_EMULATED", f"-I{folder}"]
+    subprocess.run([compiler, *options, *sources, "-o", str(target)], check=True)
+    canary = ctypes.CDLL(str(target))
+    assert canary.wrong_launches(ctypes.c_bool(True), 64) == 0
+    assert canary.wrong_launches(ctypes.c_bool(False), 64) == 64
 
 
 def run(*command: str) -> str:
