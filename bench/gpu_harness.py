@@ -55,7 +55,7 @@ def on_device(groups: Sequence[Group], device: str, quick: bool) -> Iterator[Bui
 
 
 def plan(groups: Sequence[Group]) -> int:
-    """Without a GPU: the cases of each group, counted on tensors without memory, and the small ones built on the CPU."""
+    """Without a GPU: cases of each group, counted on tensors without memory, and the small ones built on the CPU."""
     total, built = 0, 0
     for group in groups:
         count = sum(1 for _ in on_device([group], "meta", False))

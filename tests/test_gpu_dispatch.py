@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def test_every_op_is_in_the_table_with_files_that_are_there() -> None:
     for name, files in found.items():
         assert f'"{name}"' in (ROOT / files.cuda).read_text()
         launcher = _library._ops[name].triton
-        assert launcher is not None and f"def {launcher.split(':')[1]}(" in (ROOT / files.triton).read_text()
+        # Defined there, or imported by that file.
+        assert launcher is not None
+        assert re.search(rf"\b{launcher.split(':')[1]}\b", (ROOT / files.triton).read_text())
 
 
 def test_the_page_is_made_from_the_results() -> None:
