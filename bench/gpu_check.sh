@@ -270,7 +270,11 @@ esac
 
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
-if [[ -n ${RESUME_FROM:-} ]]; then cp -r "$RESUME_FROM/." "$OUT"; fi
+if [[ -n ${RESUME_FROM:-} ]]; then
+  cp -r "$RESUME_FROM/." "$OUT"
+  # Results that come back from another machine may be read-only.
+  chmod -R u+w "$OUT"
+fi
 SOURCES=$(sources)
 export OUT PYTHON
 failed=() unfinished=()

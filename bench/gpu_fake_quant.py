@@ -3,16 +3,17 @@
     python bench/gpu_fake_quant.py --json FILE [--repeats 15] [--quick] [--device cpu]
     python bench/gpu_fake_quant.py --plan
 
-Times are those of so many calls in a row that they take 10 ms, between two waits for the device: on large tensors that
-is the kernel, on small ones what a call costs the host. Rows that end in "L2 cold" time each call alone after the L2 was
-overwritten, those in "CUDA graph" calls shorter than 0.1 ms captured as a graph, without the host (`gpu_timers.py`); the
-bars are those of calls in a row. The JSON has the copy bandwidth and the matmul rates of the card as ceilings. `clone`
-moves as many bytes as a forward; `copy` is a clone of half as many elements again, which moves as many as a backward.
-`clusterq` is the kernel that serves the op, `clusterq triton` the Triton launcher called directly: their rows decide
-which of them should serve it. Results are compared before anything is timed; a case whose results differ is printed as
-WRONG and the run ends with status 1.
+Times are those of so many calls in a row that they take 10 ms, between two waits for the device: on large tensors
+that is the kernel, on small ones what a call costs the host. Rows that end in "L2 cold" time each call alone after
+the L2 was overwritten, those in "CUDA graph" calls shorter than 0.1 ms captured as a graph, without the host
+(`gpu_timers.py`); the bars are those of calls in a row. The JSON has the copy bandwidth and the matmul rates of the
+card as ceilings. `clone` moves as many bytes as a forward; `copy` is a clone of half as many elements again, which
+moves as many as a backward. `clusterq` is the kernel that serves the op, `clusterq triton` the Triton launcher called
+directly: their rows decide which of them should serve it. Results are compared before anything is timed; a case whose
+results differ is printed as WRONG and the run ends with status 1.
 
-`--device cpu` runs the script itself where there is no GPU, without Triton, to see that it works; with `--quick` only.
+`--device cpu` runs the script itself where there is no GPU, without Triton, to see that it works; with `--quick`
+only.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def on_device(groups: Sequence[Group], device: str, quick: bool) -> Iterator[Bui
 
 
 def plan(groups: Sequence[Group]) -> int:
-    """Without a GPU: how many cases each group has, counted on tensors without memory; its small ones built on the CPU."""
+    """Without a GPU: cases of each group, counted on tensors without memory, and the small ones built on the CPU."""
     total, built = 0, 0
     for group in groups:
         count = sum(1 for _ in on_device([group], "meta", False))
@@ -104,7 +104,7 @@ def run(suite: str, description: str | None, groups: Sequence[Group], ops: Seque
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--json", type=Path, metavar="FILE")
-    asked.add_argument("--plan", action="store_true", help="no GPU: count the cases, build the small ones, time nothing")
+    asked.add_argument("--plan", action="store_true", help="no GPU: count the cases, build small ones, time nothing")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="small shapes, no bars")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

@@ -1,9 +1,9 @@
-"""Times of a GPU beside those of calls in a row: with a cold L2, and without the host; and what the card itself reaches.
+"""Times on a GPU beside those of calls in a row: with a cold L2, and without the host; what the card itself reaches.
 
-`interleave` of `clusterq.testing` times calls in a row between two waits: small tensors are then in the L2, and calls of
-a few microseconds are the host's. `cold` times each call alone, after as much was written as fills the L2 several
-times, by events of the device. `graphed` replays a captured row of calls, so that no call costs the host anything; the
-tensors are hot. All take turns, so that `Timing.ratio_to` compares what ran in the same round.
+`interleave` of `clusterq.testing` times calls in a row between two waits: small tensors are then in the L2, and calls
+of a few microseconds are the host's. `cold` times each call alone, after as much was written as fills the L2 several
+times, by events of the device. `graphed` replays a captured row of calls, so that no call costs the host anything;
+the tensors are hot. All take turns, so that `Timing.ratio_to` compares what ran in the same round.
 """
 
 from __future__ import annotations

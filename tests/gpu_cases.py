@@ -89,21 +89,25 @@ def test_captured_and_replayed_with_other_input() -> None:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_the_current_stream_is_used() -> None:
-    wanted = step(*prepared(3))
+def on_a_late_stream(call: Callable[..., list[Tensor]], make: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Results of `call(*make())` on a side stream that is busy: what ran elsewhere would read x before it is there."""
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        arguments = prepared(3)
-        # Work that keeps the stream busy: what ran elsewhere would read x before it is there.
+        arguments = make()
         late = arguments[0].detach().clone()
         with torch.no_grad():
             arguments[0].zero_()
             torch.cuda._sleep(50_000_000)
             arguments[0].copy_(late)
-        got = step(*arguments)
+        got = call(*arguments)
     stream.synchronize()
-    for ours, theirs in zip(got, wanted, strict=True):
+    return got
+
+
+def test_the_current_stream_is_used() -> None:
+    wanted = step(*prepared(3))
+    for ours, theirs in zip(on_a_late_stream(step, lambda: prepared(3)), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -114,6 +118,15 @@ def test_the_same_bits_every_time() -> None:
             assert torch.equal(ours, theirs)
 
 
+def learned_backward(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """1 where the gradient of x is not 0, for x as the incoming one; the sum of the step's gradient is checked here."""
+    grad, by_scale, _ = torch.ops.clusterq.fake_quantize_learned_backward(x, x, scale, zero_point, -8, 7, None, "none")
+    # (code - x / scale) * grad of five elements of 1.1 in bfloat16.
+    value = float(torch.tensor(1.1, dtype=torch.bfloat16))
+    torch.testing.assert_close(float(by_scale), 5 * (4 - value / 0.25) * value, rtol=1e-4, atol=0)
+    return (grad != 0).to(x.dtype)
+
+
 def forms() -> dict[str, Callable[[Tensor], Tensor]]:
     scale, zero_point = torch.tensor([0.25], device=CUDA), torch.zeros(1, device=CUDA)
     return {
@@ -121,13 +134,17 @@ def forms() -> dict[str, Callable[[Tensor], Tensor]]:
         "observed": lambda x: ops.observe_fake_quantize(
             x, torch.tensor([-2.0], device=CUDA), torch.tensor([1.75], device=CUDA), 4, observe=False
         )[0],
+        "masked": lambda x: torch.ops.clusterq.fake_quantize_masked(x, scale, zero_point, -8, 7, None, "none", "codes")[
+            0
+        ],
+        "learned backward": lambda x: learned_backward(x, scale, zero_point),
         "channels": lambda x: ops.fake_quantize(
             x.view(-1, 3), scale.expand(3).contiguous(), zero_point.expand(3).contiguous(), -8, 7, axis=1
         ).view(-1),
     }
 
 
-@pytest.mark.parametrize("form", ["forward", "observed", "channels"])
+@pytest.mark.parametrize("form", ["forward", "observed", "masked", "learned backward", "channels"])
 def test_more_than_two_to_the_31_elements(form: str) -> None:
     # A multiple of 3, for the channels.
     count = (1 << 31) + 31

@@ -12,7 +12,7 @@ from torch import Tensor
 from clusterq import ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from gpu_cases import CUDA, call_without_waiting, capture
+from gpu_cases import CUDA, call_without_waiting, capture, on_a_late_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -59,6 +59,12 @@ def test_captured_and_replayed_with_other_input() -> None:
         graph.replay()
         for ours, theirs in zip(captured, step(*inputs(seed)), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_current_stream_is_used() -> None:
+    wanted = step(*inputs(3))
+    for ours, theirs in zip(on_a_late_stream(step, lambda: inputs(3)), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from clusterq import ops
 
 sys.path.insert(0, os.path.dirname(__file__))
-from gpu_cases import CUDA, call_without_waiting, capture
+from gpu_cases import CUDA, call_without_waiting, capture, on_a_late_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CHANNELS = (16, 32)
@@ -79,6 +79,14 @@ def test_captured_and_replayed_with_other_input() -> None:
         for i, (ours, theirs) in enumerate(zip(captured, wanted, strict=True)):
             exact = i < len(wanted) - 3
             torch.testing.assert_close(ours, theirs, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+
+
+def test_the_current_stream_is_used() -> None:
+    fit = targets()
+    wanted = step(fit, *prepared(3))
+    got = on_a_late_stream(lambda *arguments: step(fit, *arguments), lambda: prepared(3))
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def test_the_same_bits_every_time() -> None:
