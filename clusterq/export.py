@@ -176,8 +176,8 @@ def describe(result: dict[str, Any]) -> str:
         "",
         table(runtimes),
         "",
-        f"time per image (threads: {result['threads']}), and as a multiple of that in floating point in the same "
-        f"runtime; same class as the quantized network in PyTorch, images: {same['images']}",
+        f"time per image (threads: {result['threads']}), of that in floating point in the same runtime; same class as "
+        f"the quantized network in PyTorch, images: {same['images']}",
     ]
     if openvino is not None and not beside:
         lines.append(f"openvino cannot run this file: {openvino['error']}")
@@ -202,7 +202,8 @@ def _counts(kernels: Mapping[str, int]) -> str:
 
 
 def _times(result: dict[str, Any], runtime: str) -> list[str]:
-    return [f"{t[f'{runtime}exported']:.3f} ms ({t[f'{runtime}ratio']:.2f}x)" for t in result["milliseconds"].values()]
+    exported, full, ratio = (f"{runtime}{kind}" for kind in ("exported", "float", "ratio"))
+    return [f"{t[exported]:.3f} of {t[full]:.3f} ms ({t[ratio]:.2f}x)" for t in result["milliseconds"].values()]
 
 
 def as_json(result: dict[str, Any]) -> str:

@@ -56,7 +56,12 @@ class ExportRequest:
             OutputError: the output exists and is not to be replaced.
             ClusterQError: see `find_checkpoint`, `open_quantized` and `clusterq.data.open_data`.
         """
-        packed = is_packed_taken and is_packed(self.path)
+        packed = is_packed(self.path)
+        if packed and not is_packed_taken:
+            raise CheckpointError(
+                f"{self.path} is a packed network, of which only --format pt2 is written; "
+                "name the checkpoint that it came from"
+            )
         folder = self.path if packed else find_checkpoint(self.path, self.bits)
         target = folder / name if self.output is None else self.output
         if target.exists() and not self.overwrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -203,6 +204,49 @@ def test_bitwise_where_sums_are_exact(case: str, mode: str, tmp_path: Path) -> N
     assert (fc2.name, fc2.kind, fc2.float_bytes) == ("fc2", "Linear", 4 * 4 * 6)
 
 
+def only_boundaries_differ(found: dict[str, Tensor], wanted: dict[str, Tensor], given: dict[str, Tensor]) -> Tensor:
+    """Which images have equal codes throughout.
+
+    Of those that were alike so far a code differs by one at most, and only within the error of float32 sums.
+    """
+    alike = torch.ones(len(found["output"]), dtype=torch.bool)
+    for name, ratio in given.items():
+        difference = (found[name] - wanted[name]).abs().flatten(1)
+        fresh = difference[alike]
+        assert int(fresh.max()) <= 1, name
+        boundary = ((ratio.flatten(1)[alike] + 0.5).frac().abs() + 0.5).frac() - 0.5
+        assert not bool((boundary.abs()[fresh > 0] > 1e-4).any()), name
+        alike &= difference.amax(1) == 0
+    return alike
+
+
+def test_codes_on_a_rounding_boundary_do_differ(tmp_path: Path) -> None:
+    """ONNX divides by a scale where the twin multiplies by its inverse; on boundaries, and nowhere else, codes tell."""
+    network = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3, bias=False), nn.LeakyReLU(), nn.Flatten())
+    twin = prepared(network, weight_bits=4, activation_bits=8, weight_symmetric=True)
+    with torch.no_grad():
+        twin[0].weight.fill_(1.0)
+        twin[0].weight_quantizer.scale.fill_(0.25)
+        twin[1].scale.fill_(0.0123)
+        # Within two steps of float32 of every boundary between positive codes that the grid has.
+        edge = (torch.arange(192) % 96 + 0.5).repeat(4)[:768] * twin[1].scale
+        x = edge * (1 + torch.arange(768).div(96, rounding_mode="floor").sub(4) * 2**-24)
+        x = torch.cat([x, torch.rand(768) * 1.2]).reshape(2, 3, 16, 16)
+    wanted, given = codes_in_torch(twin, x)
+    export = export_onnx(twin, tmp_path / "net.onnx", example_input=x)
+    found = codes_in_onnxruntime(export, x)
+    assert only_boundaries_differ(found, wanted, given).tolist() == [False, True]
+    differing = int((found["1"] != wanted["1"]).sum())
+    assert 10 <= differing <= 400
+    # The check itself: a code that is off anywhere else, or by more than one, is noticed.
+    inside = int((given["1"][1].flatten().frac() - 0.25).abs().argmin())
+    for place, by in ((inside, 1), (int((found["1"][0] != wanted["1"][0]).flatten().nonzero()[0]) - 768, 2)):
+        wrong = {name: value.clone() for name, value in found.items()}
+        wrong["1"].view(-1)[768 + place] = wanted["1"].view(-1)[768 + place] + by
+        with pytest.raises(AssertionError):
+            only_boundaries_differ(wrong, wanted, given)
+
+
 @pytest.mark.parametrize(
     ("case", "mode"), [("W4A4", "qdq"), ("W4A4", "folded"), ("W3A5 symmetric", "integer"), ("W8A8", "qdq")]
 )
@@ -214,15 +258,7 @@ def test_only_values_on_a_rounding_boundary_differ(case: str, mode: str, tmp_pat
     export = export_onnx(twin, tmp_path / "net.onnx", example_input=x, **MODES[mode])
     # Optimized, onnxruntime rounds the bias of layers that it fuses.
     found = codes_in_onnxruntime(export, x, "ORT_DISABLE_ALL")
-    alike = torch.ones(len(x), dtype=torch.bool)
-    for name, ratio in given.items():
-        difference = (found[name] - wanted[name]).abs().flatten(1)
-        # From images that were alike so far: one code at most, and only within the error of float32 sums.
-        fresh = difference[alike]
-        assert int(fresh.max()) <= 1
-        boundary = ((ratio.flatten(1)[alike] + 0.5).frac().abs() + 0.5).frac() - 0.5
-        assert not bool((boundary.abs()[fresh > 0] > 1e-4).any()), name
-        alike &= difference.amax(1) == 0
+    alike = only_boundaries_differ(found, wanted, given)
     assert int((~alike).sum()) <= 8
     torch.testing.assert_close(found["output"][alike], wanted["output"][alike], rtol=1e-4, atol=1e-4)
 
@@ -448,6 +484,9 @@ def test_command(checkpoints: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # Behind a quantizer, with one behind it, and no BatchNorm in between.
     assert ["3", "Conv", "4", "INT8", "160", "B", "576", "B", "integer"] in rows
     runtime = next(line.split() for line in text.splitlines() if line.startswith("onnxruntime"))
+    # Exported and in floating point, batch 1 and 32.
+    line = next(line for line in text.splitlines() if line.startswith("onnxruntime"))
+    assert len(re.findall(r"\d+\.\d{3} of \d+\.\d{3} ms \(\d+\.\d\dx\)", line)) == 2
     assert runtime[1:6] == ["1", "QLinearConv", "1", "of", "3"] and runtime[-3:] == ["256", "of", "256"]
     assert "images: random" in text
     assert main([*words, "--bits", "W8A4", "--output", "own.onnx", "--operators", "integer", "--json"]) == 0
@@ -467,6 +506,11 @@ def test_command_refuses(checkpoints: Path, capsys: pytest.CaptureFixture[str]) 
         return captured.err
 
     assert "W4A4, W8A4; choose one by --bits" in refused("run")
+    packed = ("run", "--bits", "W4A4", "--model", "net.py:make", "--format", "safetensors", "--output", "packed")
+    assert main(["export", *packed]) == 0
+    capsys.readouterr()
+    for form in ("onnx", "safetensors"):
+        assert "packed is a packed network, of which only --format pt2" in refused("packed", "--format", form)
     assert "hand over the network itself" in refused("run", "--bits", "W4A4")
     assert "neither a checkpoint nor a run folder" in refused("nowhere")
     Path("there.onnx").write_text("mine")

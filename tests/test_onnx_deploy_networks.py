@@ -12,7 +12,7 @@ from torch import nn
 
 from clusterq.data import EvaluationSet, open_for
 from clusterq.deploy import run_integer
-from clusterq.deploy._onnx_runtime import integer_kernels
+from clusterq.deploy._onnx_runtime import integer_kernels, runner
 from clusterq.deploy.onnx import export_onnx
 from clusterq.models import LoadedModel, load_model
 from clusterq.nn.layers import quantized_weights_kept
@@ -66,6 +66,22 @@ def test_resnet20_on_real_images(cifar10: tuple[LoadedModel, EvaluationSet], tmp
     assert int((wanted != found).sum()) <= 0.001 * len(x) + 1
     assert float((found == labels).float().mean()) > 0.88
     assert len(integer_kernels(export_onnx(twin, tmp_path / "k.onnx", example_input=x[:2])).layers) == 20
+
+
+def test_classes_of_the_whole_test_set(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path):
+    """All 10,000 images: the twin's class for 99.9 % of them, its top-1 within 0.05 points."""
+    loaded, images = cifar10
+    twin = made(loaded.model, next(iter(images.batches(128, 128)))[0])
+    call = runner(export_onnx(twin, tmp_path / "net.onnx", example_input=torch.zeros(2, *loaded.input_shape)).path)
+    found, wanted, labels = [], [], []
+    with torch.no_grad(), quantized_weights_kept(twin):
+        for x, label in images.batches(500):
+            found.append(torch.from_numpy(call(x.numpy())).argmax(1))
+            wanted.append(twin(x).argmax(1))
+            labels.append(label)
+    ours, theirs, label = (torch.cat(parts) for parts in (found, wanted, labels))
+    assert len(label) == 10_000 and int((ours == theirs).sum()) >= 9_990
+    assert abs(int((ours == label).sum()) - int((theirs == label).sum())) <= 5
 
 
 def test_mobilenet_v1_on_real_images(data_dir: Path, tmp_path: Path):

@@ -26,16 +26,19 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
+# Settings that made the numbers and are not needed to read them: left out where they have their default.
+_TRAINED_WITH = ("weight_range", "activation_range", "gradient", "correct_batch_norm", "range_momentum", "range_steps")
 # Groups whose numbers enter products: what is infinite there would make NaN.
 _FINITE = ("scales", "activation_scales", "batch_norms")
 LAYOUT = (
-    "packed.safetensors holds, little-endian, one tensor of each kind with the entries listed here one after another. "
-    "codes: per weight ceil(elements*bits/8) bytes; bit i of them is bit i%8 of byte i//8, bit 0 the lowest; element j "
-    "in row-major order takes bits j*bits to (j+1)*bits-1, lowest first, two's complement. "
-    "scales, zero_points (absent: all 0): shape[0] each. activation_scales: one each. batch_norms: gamma, beta, mean, "
-    "variance, channels each. tensors.DTYPE: elements in row-major order. "
-    "weight = (code-zero_point)*scale per entry of axis 0. activation: first relu, relu6 or none, then "
-    "(clamp(round_half_even(x*(1/scale))+zero_point, quant_min, quant_min+2^bits-1)-zero_point)*scale, in float32."
+    "packed.safetensors, little-endian: one tensor per kind, entries one after another. "
+    "weights [name, shape, bits]: codes, ceil(elements*bits/8) bytes each; element j, row-major, is bits j*bits to "
+    "(j+1)*bits-1, lowest first, two's complement, bit i being bit i%8 (0: lowest) of byte i//8; scales, zero_points "
+    "(absent: 0), shape[0] each; (code-zero_point)*scale per entry of axis 0. "
+    "activations [name, bits, quant_min, zero_point, function]: activation_scales; in float32, y = function(x): "
+    "(clamp(round_half_even(y*(1/scale))+zero_point, quant_min, quant_min+2^bits-1)-zero_point)*scale. "
+    "batch_norms [name, channels, eps]: gamma, beta, mean, variance. "
+    "tensors [name, dtype, shape]: tensors.DTYPE, row-major."
 )
 # A record is a line per layer, and a header has its limit too, so that a file cannot ask for more.
 _MAX_RECORD, _MAX_HEADER = 1 << 26, 1 << 16
@@ -54,7 +57,7 @@ class PackedRecord(NetworkRecord):
 
     Attributes:
         network: class of the network; a label.
-        quantization: settings it was prepared with.
+        quantization: settings it was prepared with. The file leaves out what only training reads and has its default.
         weights, activations, batch_norms, tensors: the entries, see `clusterq.deploy.packed`.
     """
 
@@ -68,6 +71,8 @@ class PackedRecord(NetworkRecord):
     def to_json(self) -> str:
         """One entry a line, nothing else between them: of a small network the record is a good part of the bytes."""
         quantization = ClusterQConfig(quantization=self.quantization).to_dict()["quantization"]
+        usual = ClusterQConfig().to_dict()["quantization"]
+        quantization = {k: v for k, v in quantization.items() if k not in _TRAINED_WITH or v != usual[k]}
         head = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,

@@ -8,8 +8,9 @@ and the twin's `x * (1 / scale)`, or sums in another order, fall on two sides of
 Networks of scheme deploy (`QuantizationConfig.scheme`) become integer kernels throughout: explicit QDQ around every
 layer, sum and pooling, int32 biases, and codes equal to those of `clusterq.deploy.run_integer`, bit for bit except
 where a sum of two tensors lies on a rounding boundary. On processors without VNNI, onnxruntime's kernels saturate sums
-of two products of 8 bits by 8 bits; narrower weights or activations have room. A convolution whose result leaves the
-network without a quantizer is computed in floating point from the same numbers. The rest is about scheme paper.
+of two products beyond 16 bits: weights of up to 6 bits have room, wider ones only beside activations of up to 7 bits
+stored as UINT8. A convolution whose result leaves the network without a quantizer is computed in floating point from
+the same numbers. The rest is about scheme paper.
 
 Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
 rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:

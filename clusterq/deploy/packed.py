@@ -84,7 +84,7 @@ class PackedNetwork:
 
         Raises:
             CheckpointError: the network cannot be rebuilt, or does not fit.
-            ModelError, MissingPackageError: see `clusterq.records.rebuilt_twin`.
+            ModelError, MissingPackageError: see `clusterq.network_record.rebuilt_twin`.
         """
         twin = rebuilt_twin(self.record, self.record.quantization, model, "the packed file")
         self._check_names(twin)
@@ -176,7 +176,8 @@ def save_packed(
         mean=mean,
         std=std,
         tensors_sha256=hashlib.sha256(data).hexdigest(),
-        versions=versions(),
+        # The rest had no part in the numbers, and the record is a good part of a small network's bytes.
+        versions={name: version for name, version in versions().items() if name in ("clusterq", "python", "torch")},
         weights=tuple((name, tuple(w.codes.shape), w.bits) for name, w in numbers.weights.items()),
         activations=tuple(
             (name, (grid.quant_max - grid.quant_min).bit_length(), grid.quant_min, grid.zero_point, grid.activation)
