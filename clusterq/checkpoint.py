@@ -159,7 +159,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         CheckpointError: damaged (a single flipped bit is noticed), of an unknown format, made of a network that cannot
             be rebuilt, or not fitting `model`.
-        ModelError, MissingPackageError: see `clusterq.records.rebuilt_twin`.
+        ModelError, MissingPackageError: see `clusterq.network_record.rebuilt_twin`.
     """
     record = read_record(path)
     file = Path(path) / TENSORS
