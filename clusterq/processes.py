@@ -171,8 +171,9 @@ class _Add(torch.autograd.Function):
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the rows of all processes in training; otherwise, and with one process, torch's.
 
-    The mean, then the squares of the distances from it are added up over the processes: two collectives of C numbers in
-    each direction, and no difference of large sums. torch's SyncBatchNorm does not run on a CPU.
+    The sums with their count, then the squares of the distances from the mean are added up over the processes: two
+    collectives of C numbers in each direction, and no difference of large sums. torch's SyncBatchNorm does not run on a
+    CPU.
     """
 
     processes: Processes
@@ -191,8 +192,10 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         if not self.training or self.processes.size == 1:
             return super().forward(x)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        count = self.processes.add_(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        mean = self.processes.add(wide.sum((0, 2, 3))) / count
+        own = wide.new_full((1,), x.numel() // x.shape[1])
+        total = self.processes.add(torch.cat([wide.sum((0, 2, 3)), own]))
+        count = total[-1]
+        mean = total[:-1] / count
         centered = wide - mean[:, None, None]
         var = self.processes.add(centered.square().sum((0, 2, 3))) / count
         if self.track_running_stats:
