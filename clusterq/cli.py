@@ -49,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options, shlex.join(["clusterq", *words]))
     except RunInterrupted as stop:
-        # Of several processes one says it.
-        if os.environ.get("RANK", "0") == "0":
+        if not stop.told:
             print(f"clusterq: {stop}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt as stop:

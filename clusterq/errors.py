@@ -12,7 +12,13 @@ from typing import Any
 
 
 class ClusterQError(Exception):
-    """Base of all errors that have a remedy outside the code."""
+    """Base of all errors that have a remedy outside the code.
+
+    Attributes:
+        told: of several processes another one tells the user.
+    """
+
+    told = False
 
 
 class ModelError(ClusterQError, ValueError):

@@ -205,7 +205,9 @@ class Session:
         if agreed:
             self.save()
         if self._signal:
-            raise RunInterrupted(f"interrupted, everything is saved; {self.how_to_continue()}", self._signal)
+            stop = RunInterrupted(f"interrupted, everything is saved; {self.how_to_continue()}", self._signal)
+            stop.told = not self.writes
+            raise stop
 
     def look_alone(self) -> None:
         """`look` where processes are not in step; of several processes none does anything."""
