@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from clusterq.testing import Timing, interleave
+from clusterq.testing import Timing, capture, interleave
 
 Call = Callable[[], object]
 # Calls in one graph: a replay itself costs about as much as a small kernel.
@@ -65,27 +65,12 @@ def alone_on_the_host(call: Call, flushed: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def captured(call: Call) -> torch.cuda.CUDAGraph:
-    """`CAPTURED` calls as one graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CAPTURED):
-            call()
-    return graph
-
-
 def graphed(calls: Mapping[str, Call], rounds: int, min_time: float) -> tuple[dict[str, Timing], str]:
     """Times of captured calls, and a note on peers that cannot be captured. AssertionError where ours cannot."""
     graphs, refused = {}, []
     for name, call in calls.items():
         try:
-            graphs[name] = captured(call)
+            graphs[name], _ = capture(call, times=CAPTURED)
         except RuntimeError as error:
             if name.startswith("clusterq"):
                 raise AssertionError(f"{name} cannot be captured: {error}") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from clusterq import ops
+from clusterq.testing import capture
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
@@ -55,20 +55,6 @@ def call_without_waiting(call: Callable[[], object]) -> None:
         call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def capture(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of a call, and the results that every replay overwrites."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
-    return graph, captured
 
 
 def test_no_call_waits_for_the_device() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from clusterq import ops
+from clusterq.testing import capture
 
 sys.path.insert(0, os.path.dirname(__file__))
-from gpu_cases import CUDA, call_without_waiting, capture, on_a_late_stream
+from gpu_cases import CUDA, call_without_waiting, on_a_late_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
