@@ -19,9 +19,10 @@ from clusterq.config import ClusterQConfig
 from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
 from clusterq.models import Source, file_sha256, output_classes
-from clusterq.network_record import NetworkRecord, fields_checked, rebuilt_twin, shared_fields
+from clusterq.network_record import NetworkRecord, rebuilt_twin, shared_fields
 from clusterq.readers import read_record as read_json_record
 from clusterq.readers import read_safetensors
+from clusterq.records import fields_checked
 
 if TYPE_CHECKING:
     from clusterq.method import Result

@@ -5,9 +5,7 @@ Checkpoints and packed networks add what is their own, see `clusterq.checkpoint`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -16,11 +14,9 @@ from torch import nn
 
 from clusterq.config import QuantizationConfig
 from clusterq.errors import CheckpointError
-from clusterq.models import Source, build_model
-from clusterq.readers import Failure
+from clusterq.models import Source, build_model, runs_code
+from clusterq.records import items, number, text, whole
 
-# Kinds of source whose architecture comes from an installed package. A Python file named by a record is never run.
-REBUILT = ("builtin", "torchvision", "timm", "pytorchcv")
 # Of one image and of a network: larger ones would take gigabytes before the first tensor is compared.
 MAX_PIXELS, MAX_CLASSES = 1 << 27, 1 << 20
 
@@ -77,55 +73,6 @@ def _source(data: Any) -> Source:
     return source
 
 
-@contextmanager
-def fields_checked(problem: str, failure: Failure) -> Iterator[None]:
-    """Within it, what Python raises for JSON values that are absent or of another kind becomes `failure`.
-
-    Args:
-        problem: what that means, such as "FILE is damaged".
-        failure: error class.
-    """
-    try:
-        yield
-    except KeyError as error:
-        raise failure(f"{problem}: it has no {error}") from error
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise failure(f"{problem}: {error}") from error
-
-
-def items(value: Any, count: int | None = None) -> list[Any]:
-    """A list, of `count` entries where given. Raises ValueError for anything else."""
-    if not isinstance(value, list) or count not in (None, len(value)):
-        raise ValueError(f"{_shown(value)} is not a list{'' if count is None else f' of {count}'}")
-    return value
-
-
-def whole(value: Any, name: str, least: int = -(1 << 63), most: int = (1 << 63) - 1) -> int:
-    """A whole number within these bounds. Raises ValueError for anything else."""
-    if type(value) is not int or not least <= value <= most:
-        raise ValueError(f"{name} is {_shown(value)}; wanted a whole number from {least} to {most}")
-    return value
-
-
-def number(value: Any, name: str) -> float:
-    """A finite number. Raises ValueError for anything else."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {_shown(value)}; wanted a number")
-    return float(value)
-
-
-def text(value: Any, name: str) -> str:
-    """A text. Raises ValueError for anything else."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {_shown(value)}; wanted text")
-    return value
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:60]}..."
-
-
 def rebuilt_twin(
     record: NetworkRecord, quantization: QuantizationConfig, model: nn.Module | None, name: str
 ) -> nn.Module:
@@ -144,7 +91,8 @@ def rebuilt_twin(
     from clusterq.qat.prepare import prepare
 
     if model is None:
-        if record.source is None or record.source.model.split(":", 1)[0] not in REBUILT:
+        # A Python file named by a record is never run.
+        if record.source is None or runs_code(record.source.model):
             origin = record.source.model if record.source is not None else "a module"
             raise CheckpointError(
                 f"the network of {name} came from {origin}: hand over the network itself to load it (--model; "

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterq.errors import CheckpointError
-from clusterq.records import NUMBER, first_wrong
+from clusterq.records import NUMBER, first_wrong, shown
 from clusterq.states import DamagedError, read_state, verify
 
 STATES = ("last", "previous")
@@ -100,7 +100,7 @@ def difference(old: Any, new: Any, path: str = "") -> str:
             if found:
                 return found
         return ""
-    return "" if old == new else f"{path} was {_short(old)} and is {_short(new)}"
+    return "" if old == new else f"{path} was {shown(old)} and is {shown(new)}"
 
 
 def command_to_continue(output: Path, *, trust: bool, overwrite: bool) -> str:
@@ -184,8 +184,3 @@ def _is_accuracy(value: Any, *, measured: bool) -> bool:
 
 def _is_number(value: Any) -> bool:
     return type(value) in NUMBER
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,9 +1,17 @@
-"""Fields of a record from a JSON file, checked by dotted names: what other code relies on."""
+"""Fields of a record from a JSON file, checked: what other code relies on.
+
+`first_wrong` looks at a whole record by dotted names; `items`, `whole`, `number` and `text` take single values, and
+`fields_checked` turns what goes wrong among them into one error.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+from clusterq.readers import Failure
 
 NUMBER = (int, float)
 TEXT_OR_NONE = (str, type(None))
@@ -40,3 +48,53 @@ def _is(value: Any, kind: Any) -> bool:
 def is_text(value: str) -> bool:
     """Whether a file can hold it: JSON and YAML can say half of a pair of surrogates, which UTF-8 has no bytes for."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+@contextmanager
+def fields_checked(problem: str, failure: Failure) -> Iterator[None]:
+    """Within it, what Python raises for JSON values that are absent or of another kind becomes `failure`.
+
+    Args:
+        problem: what that means, such as "FILE is damaged".
+        failure: error class.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise failure(f"{problem}: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise failure(f"{problem}: {error}") from error
+
+
+def items(value: Any, count: int | None = None) -> list[Any]:
+    """A list, of `count` entries where given. Raises ValueError for anything else."""
+    if not isinstance(value, list) or count not in (None, len(value)):
+        raise ValueError(f"{shown(value)} is not a list{'' if count is None else f' of {count}'}")
+    return value
+
+
+def whole(value: Any, name: str, least: int = -(1 << 63), most: int = (1 << 63) - 1) -> int:
+    """A whole number within these bounds. Raises ValueError for anything else."""
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}; wanted a whole number from {least} to {most}")
+    return value
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number. Raises ValueError for anything else."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {shown(value)}; wanted a number")
+    return float(value)
+
+
+def text(value: Any, name: str) -> str:
+    """A text. Raises ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; wanted text")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message, 60 characters at most."""
+    written = repr(value)
+    return written if len(written) <= 60 else f"{written[:57]}..."

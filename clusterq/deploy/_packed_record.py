@@ -16,9 +16,10 @@ from torch import Tensor
 from clusterq import readers
 from clusterq.config import ClusterQConfig, QuantizationConfig
 from clusterq.errors import CheckpointError, ModelError
-from clusterq.network_record import NetworkRecord, fields_checked, items, number, shared_fields, text, whole
+from clusterq.network_record import NetworkRecord, shared_fields
 from clusterq.nn.folding import NORM_PARTS
 from clusterq.nn.quantizers import Fused
+from clusterq.records import fields_checked, items, number, text, whole
 
 FORMAT, FORMAT_VERSION = "clusterq-packed", 1
 TENSORS, RECORD = "packed.safetensors", "packed.json"
