@@ -5,7 +5,9 @@ registers.
 from __future__ import annotations
 
 import os
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,7 @@ last = {**rows, "LAST": True}
 half = {"GROUP": 16, "BLOCK_R": 16, "BLOCK_K": 64, "TILES": 8}
 walk = {"LAST": False, "GROUP": 16, "BLOCK_R": 64, "BLOCK_K": 64}
 choices = {"RULE": 0, "SYMMETRIC": False, "ACTIVATION": 0}
-wide, byte = {"partial_ptr": "fp64"}, {"mask_ptr": "u8"}
+wide, byte, codes = {"partial_ptr": "fp64"}, {"mask_ptr": "u8"}, {"x_ptr": "i8", "grad_ptr": "i8"}
 cases = {
     "forward": (jit.flat_kernel, {"OP": 0, "ACTIVATION": 0, "BLOCK": size}, {}),
     "forward relu6": (jit.flat_kernel, {"OP": 0, "ACTIVATION": 2, "BLOCK": size}, {}),
@@ -81,6 +83,18 @@ cases = {
         {"out_ptr": "i32", "packed_ptr": "i16"},
     ),
     "learned finish": (jit.learned_finish_kernel, {"BLOCK_S": 32, "BLOCK_C": 32}, wide),
+    "quantize": (jit.flat_kernel, {"OP": 2, "ACTIVATION": 0, "BLOCK": size}, {"out_ptr": "i8"}),
+    "quantize rows": (jit.tile_kernel, {"OP": 2, "ACTIVATION": 0, **rows}, {"out_ptr": "i8"}),
+    "dequantize": (jit.flat_kernel, {"OP": 3, "ACTIVATION": 0, "BLOCK": size}, codes),
+    "dequantize rows": (jit.tile_kernel, {"OP": 3, "ACTIVATION": 0, **rows}, codes),
+    "range reduce": (ranges.range_reduce_kernel, {"BLOCK_S": 32, "BLOCK_C": 32}, {}),
+    "error sum": (errors.error_sum_kernel, {"BLOCK_S": 32, "BLOCK_C": 32}, wide),
+    "pack any length": (packing.pack_rows_kernel, {"BITS": 4, "BLOCK": 512}, {"out_ptr": "u8", "codes_ptr": "i8"}),
+    "unpack any length": (
+        packing.unpack_rows_kernel,
+        {"BITS": 4, "SIGNED": True, "BLOCK": 512},
+        {"out_ptr": "i8", "packed_ptr": "u8"},
+    ),
 }
 report({name: (*case, 8 if case[0].fn.__name__ in WIDE else 4) for name, case in cases.items()})
 """
@@ -114,6 +128,16 @@ ACCESSES = {
     "unpack": ((0, 2), (0, 2)),
     "range finish": ((0, 0), (0, 0)),
     "learned finish": ((0, 0), (0, 0)),
+    # A code is a byte.
+    "quantize": ((2, 0), (2, 1)),
+    "quantize rows": ((2, 0), (2, 1)),
+    "dequantize": ((0, 2), (1, 2)),
+    "dequantize rows": ((0, 2), (1, 2)),
+    "range reduce": ((0, 0), (0, 0)),
+    "error sum": ((0, 0), (0, 0)),
+    # Rows that begin anywhere.
+    "pack any length": ((0, 0), (0, 0)),
+    "unpack any length": ((0, 0), (0, 0)),
 }
 # Most instructions of the whole program, per element of a tile of one thread: measured, and a tenth.
 INSTRUCTIONS = {
@@ -144,6 +168,14 @@ INSTRUCTIONS = {
     "range finish": 60,
     "learned finish": 37,
     "masked any": 139,
+    "quantize": 47,
+    "quantize rows": 53,
+    "dequantize": 31,
+    "dequantize rows": 34,
+    "range reduce": 34,
+    "error sum": 30,
+    "pack any length": 79,
+    "unpack any length": 78,
 }
 
 
@@ -160,3 +192,16 @@ def test_compiled_code(arch, names, element, tmp_path):
         assert found["instructions"] <= INSTRUCTIONS[name], (name, found)
         # The reciprocal's Newton steps live below PTX; a multiply-add here would be a contraction.
         assert found["fused"] == 0, (name, found)
+
+
+def test_every_kernel_is_compiled_somewhere():
+    """Of all three families: what the launching code names, `module.kernel[grid](...)`."""
+    here = Path(__file__).parent
+    launched = {
+        name
+        for path in (here.parent / "kernels").glob("*.py")
+        for name in re.findall(r"\b\w+\.(\w+_kernel)\[", path.read_text())
+    }
+    compiled = "".join(path.read_text() for path in here.glob("test_*kernels_offline.py"))
+    assert len(launched) > 30
+    assert {name for name in launched if not re.search(rf"\.{name}\b", compiled)} == set()
