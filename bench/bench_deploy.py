@@ -53,8 +53,8 @@ class Variant:
 
 
 VARIANTS = {
-    MAIN: Variant(),
-    f"{MAIN} folded": Variant(export={"fold_batch_norm": True}),
+    MAIN: Variant({"scheme": "paper"}),
+    f"{MAIN} folded": Variant({"scheme": "paper"}, {"fold_batch_norm": True}),
     f"{MAIN} deploy": Variant({"scheme": "deploy"}),
 }
 

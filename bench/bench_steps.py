@@ -7,8 +7,8 @@ ResNet-20 and ResNet-18 with a CIFAR stem on 32x32 images, MobileNet-V2 on 64x64
 distillation loss to stored teacher logits, backward, SGD step. `float` is the same network with frozen BatchNorm
 statistics, the same loss and the same optimizer.
 
-- `clusterq`: `clusterq.prepare` with the quantization of preset `default`: asymmetric weights, learned steps,
-  activation and quantization fused.
+- `clusterq`: `clusterq.prepare` with the quantization of preset `default` in scheme paper: asymmetric weights, learned
+  steps, activation and quantization fused.
 - `clusterq symmetric weights` (ResNet-20): the same with zero point 0 for the weights.
 - `clusterq moving range`: activation ranges as moving averages and live weight ranges, nothing learned.
 - `eager`: the quantization of `clusterq` written with torch's round and clamp (LSQ).
@@ -39,7 +39,8 @@ from clusterq.networks import resnet20
 from clusterq.nn.quantizers import WeightQuantizer
 from clusterq.qat import calibrate, distillation_loss, freeze_batch_norm_statistics, prepare
 
-DEFAULT = preset("default").quantization
+# Quantizers where the peers have them, at weights and activation functions.
+DEFAULT = replace(preset("default").quantization, scheme="paper")
 SYMMETRIC = replace(DEFAULT, weight_symmetric=True)
 MOVING = replace(DEFAULT, learned_scale=False, weight_range="minmax", activation_range="ema", gradient="pass_through")
 SYMMETRIC_NAME, MOVING_NAME = f"{MAIN} symmetric weights", f"{MAIN} moving range"

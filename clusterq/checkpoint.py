@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from clusterq.errors import CheckpointError, ModelError, require
 from clusterq.folders import new_folder
 from clusterq.models import Source, file_sha256, output_classes
 from clusterq.network_record import NetworkRecord, rebuilt_twin, shared_fields
+from clusterq.qat.prepare import prepared_with
 from clusterq.readers import read_record as read_json_record
 from clusterq.readers import read_safetensors
 from clusterq.records import fields_checked
@@ -37,7 +38,7 @@ class CheckpointRecord(NetworkRecord):
     """What `checkpoint.json` says, beside what every record does.
 
     Attributes:
-        config: all settings, with the seed.
+        config: all settings, with the seed; its quantization is what the network was prepared with.
         extra: anything else the caller stored; plain JSON values.
     """
 
@@ -122,10 +123,10 @@ def write_checkpoint(
         std=std,
         tensors_sha256=file_sha256(folder / TENSORS),
         versions=versions(),
-        config=config,
+        config=replace(config, quantization=prepared_with(model)),
         extra=dict(extra or {}),
     )
-    data = record.shared_json() | {"config": config.to_dict(), "extra": record.extra}
+    data = record.shared_json() | {"config": record.config.to_dict(), "extra": record.extra}
     head = {"format": FORMAT, "format_version": FORMAT_VERSION}
     with fields_checked("the network cannot be saved", ModelError):
         shared_fields(json.loads(json.dumps(data)))

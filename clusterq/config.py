@@ -19,7 +19,7 @@ from clusterq.settings import LayerBits, Range, check_fields, from_json
 WeightRange = Literal["mse", "minmax"]
 ActivationRange = Literal["mse", "minmax", "ema"]
 Gradient = Literal["clipped", "pass_through"]
-Scheme = Literal["paper", "deploy"]
+Scheme = Literal["auto", "deploy", "paper"]
 Reduction = Literal["sum", "mean"]
 Spread = Literal["std", "var"]
 Assignment = Literal["teacher", "label", "nearest"]
@@ -69,9 +69,10 @@ class QuantizationConfig:
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
         range_steps: forwards after which EMA ranges are frozen; calibration counts as the first.
-        scheme: `"paper"` leaves the input image, BatchNorm, residual sums, pooled features and biases in floating
-            point. `"deploy"` gives a range to every tensor that an integer kernel would read, folds BatchNorm and puts
-            biases on the grid of an int32: see `clusterq.qat.deployable`.
+        scheme: `"deploy"` gives a range to every tensor that an integer kernel would read, folds BatchNorm and puts
+            biases on the grid of an int32: see `clusterq.qat.deployable`. `"paper"` leaves the input image, BatchNorm,
+            residual sums, pooled features and biases in floating point. `"auto"` is deploy where torch.fx can trace the
+            network, else paper with a warning; the quantized twin's own settings say which.
         input_bits: width of the input image in scheme deploy.
         sum_bits: width in scheme deploy of what no layer multiplies by weights: operands of sums, of concatenations, of
             pooling and of other activation functions than ReLU, where no Conv2d or Linear reads them too.
@@ -91,7 +92,7 @@ class QuantizationConfig:
     correct_batch_norm: bool = True
     range_momentum: Momentum = 0.9
     range_steps: Steps = 800
-    scheme: Scheme = "paper"
+    scheme: Scheme = "auto"
     input_bits: Bits = 8
     sum_bits: Bits = 8
 
@@ -353,6 +354,7 @@ def preset(name: str) -> ClusterQConfig:
         weight_symmetric=paper,
         activation_symmetric=paper,
         correct_batch_norm=False,
+        scheme="paper",
     )
     synthesis = SynthesisConfig(
         source="generator",

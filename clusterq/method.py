@@ -250,8 +250,9 @@ class ClusterQ:
         config = self.config if quantization is None else replace(self.config, quantization=quantization)
         if student is None:
             student = self.calibrate(config.quantization)
-        elif qat.prepared_with(student) != config.quantization:
+        elif not qat.is_prepared_with(student, config.quantization):
             raise ValueError("student was prepared with another quantization than the one to fine-tune for")
+        config = replace(config, quantization=qat.prepared_with(student))
         source = self._rewound_source()
         finetune = config.finetune
         trained = None

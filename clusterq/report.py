@@ -87,7 +87,8 @@ def baselines(result: Mapping[str, Any]) -> list[str]:
         name = COLUMNS[key][0].upper() + COLUMNS[key][1:]
         lines.append(
             f"{name}: no training, {_RANGES[base['ranges']]} from {base['calibration_images']} of the images; "
-            f"weights {base['weights']}; activations {base['activations']}. The same for every preset."
+            f"weights {base['weights']}; activations {base['activations']}; scheme {base['scheme']}, "
+            "whatever the preset."
         )
     return [*lines, "Calibrated: the student of this run before its first training step."]
 

@@ -19,7 +19,7 @@ from clusterq.request import RunRequest
 from clusterq.versions import machine, now, versions
 
 FORMAT, FORMAT_VERSION = "clusterq-result", 1
-# What rounding alone costs, the same for every preset: kind of all ranges, symmetry of the weights.
+# What rounding alone costs, the same for every preset of a scheme: kind of all ranges, symmetry of the weights.
 BASELINES: dict[str, WeightRange] = {"rounded_minmax": "minmax", "rounded_mse": "mse"}
 
 
@@ -68,7 +68,7 @@ def content(
             "source": str(request.images) if request.images is not None else request.config.synthesis.source,
             "label_accuracy": rows[-1]["label_accuracy"],
         },
-        "baselines": _baselines(calibration_images),
+        "baselines": _baselines(calibration_images, rows[-1]["scheme"]),
         "widths": list(rows),
         "resumed": resumed,
         "seconds": dict(seconds),
@@ -106,10 +106,11 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
 
-def _baselines(calibration_images: int) -> dict[str, dict[str, Any]]:
+def _baselines(calibration_images: int, scheme: str) -> dict[str, dict[str, Any]]:
     return {
         name: {
             "training": "none",
+            "scheme": scheme,
             "ranges": ranges,
             "weights": "per output channel, asymmetric",
             "activations": "per tensor, asymmetric",

@@ -243,6 +243,7 @@ class _Run:
         row["label_accuracy"] = 100 * result.label_accuracy
         layers = qat.report(result.student)
         row["first_layer_bits"], row["last_layer_bits"] = end_bits(layers)
+        row["scheme"] = result.config.quantization.scheme
         row["layers"] = [asdict(layer) for layer in layers]
         row["unreached"] = [asdict(layer) for layer in qat.unreached(result.student)]
         row["checkpoint"] = f"checkpoints/{width}"

@@ -13,7 +13,7 @@ from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.qat.calibrate import calibrate, round_only
 from clusterq.qat.prepare import prepare
 
-CONFIG = QuantizationConfig()
+CONFIG = QuantizationConfig(scheme="paper")
 
 
 def network() -> nn.Sequential:

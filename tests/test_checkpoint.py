@@ -35,7 +35,7 @@ class Tiny(nn.Module):
 
 
 def _config(**settings: object) -> ClusterQConfig:
-    return ClusterQConfig(QuantizationConfig(**settings), seed=7)  # type: ignore[arg-type]
+    return ClusterQConfig(QuantizationConfig(scheme="paper", **settings), seed=7)  # type: ignore[arg-type]
 
 
 def _twin(config: ClusterQConfig) -> nn.Module:

@@ -210,7 +210,8 @@ def test_baselines_are_the_same_for_every_preset(place: Path, monkeypatch: pytes
     monkeypatch.setattr(run_module, "evaluate", watched)
     described = []
     for name in ("default", "paper", "gdfq"):
-        assert _quantize("--images", "images.safetensors", "--overwrite", "--bits", "W3A3", "--preset", name) == 0
+        words = ["--images", "images.safetensors", "--overwrite", "--bits", "W3A3", "--preset", name]
+        assert _quantize(*words, "--set", "quantization.scheme=paper") == 0
         described.append(json.loads((place / "out" / "result.json").read_text())["baselines"])
     # FP32, both roundings, calibrated, trained.
     assert len(measured) == 15
@@ -221,6 +222,7 @@ def test_baselines_are_the_same_for_every_preset(place: Path, monkeypatch: pytes
     assert not torch.equal(measured[1][1], measured[2][1])
     assert described[0] == described[1] == described[2]
     assert described[0]["rounded_minmax"]["calibration_images"] == 8
+    assert described[0]["rounded_minmax"]["scheme"] == "paper"
     assert described[0]["rounded_minmax"]["weights"] == "per output channel, asymmetric"
     assert described[0]["rounded_mse"]["weights"] == "per output channel, asymmetric"
 

@@ -37,7 +37,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantized(model: nn.Sequential, x: Tensor, *, corrected: bool, batch_size: int | None = None) -> nn.Sequential:
-    settings = QuantizationConfig(weight_bits=2, activation_bits=2, correct_batch_norm=corrected)
+    settings = QuantizationConfig(scheme="paper", weight_bits=2, activation_bits=2, correct_batch_norm=corrected)
     student = prepare(model, settings)
     calibrate(student, x, settings, batch_size=batch_size)
     assert isinstance(student, nn.Sequential)
@@ -69,7 +69,7 @@ def test_correction_brings_the_outputs_closer() -> None:
 def test_only_what_quantization_changed_is_corrected_not_the_images() -> None:
     model = network()
     strange = 3 + 5 * images()
-    settings = QuantizationConfig(weight_bits=8, activation_bits=8)
+    settings = QuantizationConfig(scheme="paper", weight_bits=8, activation_bits=8)
     student = prepare(model, settings)
     calibrate(student, strange, settings)
     for layer in (1, 4, 7):
@@ -80,7 +80,7 @@ def test_only_what_quantization_changed_is_corrected_not_the_images() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_calibrating_again_starts_from_the_statistics_as_trained(dtype: torch.dtype) -> None:
     model, x = network().to(dtype), images().to(dtype)
-    settings = QuantizationConfig(weight_bits=2, activation_bits=2)
+    settings = QuantizationConfig(scheme="paper", weight_bits=2, activation_bits=2)
     once, twice = prepare(model, settings), prepare(model, settings)
     calibrate(once, x)
     calibrate(twice, 2 * x + 1)
@@ -100,7 +100,7 @@ def test_small_batches_correct_on_the_first_of_them() -> None:
 
 
 def test_a_loaded_network_is_not_corrected_twice(tmp_path: Path) -> None:
-    settings = QuantizationConfig(weight_bits=2, activation_bits=2)
+    settings = QuantizationConfig(scheme="paper", weight_bits=2, activation_bits=2)
     model = nn.Sequential(*network(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
     student = prepare(model, settings)
     calibrate(student, images())
@@ -148,7 +148,7 @@ def test_a_layer_called_twice_compares_like_with_like() -> None:
     x = images()
     errors = []
     for corrected in (False, True):
-        settings = QuantizationConfig(weight_bits=3, activation_bits=8, correct_batch_norm=corrected)
+        settings = QuantizationConfig(scheme="paper", weight_bits=3, activation_bits=8, correct_batch_norm=corrected)
         student = prepare(model, settings, example_input=x)
         calibrate(student, x)
         errors.append(((student(x) - model(x)).square().mean() / model(x).square().mean()).sqrt())
@@ -160,7 +160,7 @@ def test_one_dimensional_batch_norm() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
     x = torch.randn(64, 6)
-    student = prepare(model, QuantizationConfig(weight_bits=2, activation_bits=2))
+    student = prepare(model, QuantizationConfig(scheme="paper", weight_bits=2, activation_bits=2))
     calibrate(student, x)
     mean, got = model(x).double().mean(0), student(x).double().mean(0)
     torch.testing.assert_close(got, mean, rtol=0, atol=1e-5)

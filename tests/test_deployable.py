@@ -15,13 +15,13 @@ from torch.nn import functional
 
 import clusterq
 from clusterq import checkpoint
-from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig
+from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, preset
 from clusterq.errors import ModelError
 from clusterq.nn.layers import QuantizedConv2d
 from clusterq.nn.quantizers import ActivationQuantizer, set_quantization
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.finetune import finetune
-from clusterq.qat.prepare import prepare, report, unreached
+from clusterq.qat.prepare import is_prepared_with, prepare, prepared_with, report, unreached
 from clusterq.settings import override
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -274,7 +274,32 @@ def test_first_and_last_layer_are_layers_of_the_network():
 def test_untraceable_networks_are_refused():
     with pytest.raises(ModelError, match=r"scheme deploy needs a graph: .*torch\.fx"):
         prepare(Branching(), CONFIG, example_input=X)
-    assert unreached(prepare(Branching(), QuantizationConfig(), example_input=X)) == []
+    paper = prepare(Branching(), QuantizationConfig(scheme="paper"), example_input=X)
+    assert unreached(paper) == []
+    with pytest.warns(UserWarning, match=r"cannot be traced by torch\.fx.*: quantized in scheme paper, not deploy"):
+        auto = prepare(Branching(), QuantizationConfig(), example_input=X)
+    assert prepared_with(auto) == prepared_with(paper) and report(auto) == report(paper)
+
+
+def test_scheme_is_chosen_by_what_can_be_traced():
+    net = randomise(Residual())
+    auto, deploy = prepare(net, QuantizationConfig()), prepare(net, CONFIG)
+    assert prepared_with(auto) == CONFIG and report(auto) == report(deploy)
+    assert is_prepared_with(auto, QuantizationConfig()) and is_prepared_with(auto, CONFIG)
+    assert not is_prepared_with(auto, QuantizationConfig(scheme="paper"))
+    assert not is_prepared_with(auto, QuantizationConfig(weight_bits=5))
+    for name in ("default", "paper", "gdfq"):
+        assert preset(name).quantization.scheme == ("auto" if name == "default" else "paper")
+
+
+def test_checkpoint_says_which_scheme_was_chosen(tmp_path):
+    net = randomise(Residual())
+    twin = prepare(net, QuantizationConfig())
+    calibrate(twin, X)
+    checkpoint.save(twin, tmp_path / "net", config=ClusterQConfig(), input_shape=tuple(X.shape[1:]))
+    assert checkpoint.read_record(tmp_path / "net").config == ClusterQConfig(CONFIG)
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "net", randomise(Residual()))(X), twin(X))
 
 
 def test_correction_and_calibrating_again():
@@ -339,17 +364,10 @@ def test_checkpoint(tmp_path: Path):
     assert report(loaded) == report(twin)
 
 
-def test_records_without_a_scheme_are_of_scheme_paper():
-    data = ClusterQConfig().to_dict()
-    for name in ("scheme", "input_bits", "sum_bits"):
-        del data["quantization"][name]
-    assert ClusterQConfig.from_dict(data).quantization.scheme == "paper"
-
-
 def test_command_line_setting():
     config = override(ClusterQConfig(), ["quantization.scheme=deploy", "quantization.sum_bits=6"])
     assert config.quantization.scheme == "deploy" and config.quantization.sum_bits == 6
-    with pytest.raises(ValueError, match=r"paper \| deploy"):
+    with pytest.raises(ValueError, match=r"auto \| deploy \| paper"):
         override(ClusterQConfig(), ["quantization.scheme=other"])
 
 

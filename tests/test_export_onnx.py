@@ -79,14 +79,14 @@ def images(count: int = 16) -> Tensor:
 
 
 def prepared(network: nn.Module, **config: Any) -> nn.Module:
-    """A calibrated twin of the network, whose BatchNorms have statistics and gains of either sign."""
+    """A calibrated twin of scheme paper, where BatchNorms have statistics and gains of either sign."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.2, 2)
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
-    twin = clusterq.prepare(network.eval(), QuantizationConfig(**config), example_input=images(2))
+    twin = clusterq.prepare(network.eval(), QuantizationConfig(scheme="paper", **config), example_input=images(2))
     calibrate(twin, images())
     return twin
 
@@ -402,7 +402,7 @@ def test_what_cannot_be_exported_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="sort"):
         export_onnx(prepared(Sorted()), path, example_input=x)
     with pytest.raises(ModelError, match=r"act1: has no range yet"):
-        export_onnx(clusterq.prepare(Net(), QuantizationConfig()), path, example_input=x)
+        export_onnx(clusterq.prepare(Net(), QuantizationConfig(scheme="paper")), path, example_input=x)
     with pytest.raises(ModelError, match=r"captured by torch\.export"):
         export_onnx(twin, path, example_input=images(2)[:, :2])
     set_quantization(twin, activations=False)
@@ -464,7 +464,7 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scope: dict[str, Any] = {}
     exec(NETWORK, scope)
     for bits in (4, 8):
-        config = QuantizationConfig(weight_bits=bits, activation_bits=4, weight_symmetric=True)
+        config = QuantizationConfig(scheme="paper", weight_bits=bits, activation_bits=4, weight_symmetric=True)
         twin = clusterq.prepare(scope["make"](), config)
         calibrate(twin, images())
         settings = clusterq.ClusterQConfig(quantization=config)
@@ -524,7 +524,7 @@ def test_command_refuses(checkpoints: Path, capsys: pytest.CaptureFixture[str]) 
 def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path) -> None:
     loaded, real = cifar10
     batches = [x for x, _ in real.batches(500, 2500)]
-    twin = clusterq.prepare(loaded.model, QuantizationConfig())
+    twin = clusterq.prepare(loaded.model, QuantizationConfig(scheme="paper"))
     calibrate(twin, batches[0][:128])
     for mode, images_seen in (("qdq", 2000), ("integer", 1000)):
         export = export_onnx(twin, tmp_path / f"{mode}.onnx", example_input=batches[0][:2], **MODES[mode])

@@ -294,7 +294,7 @@ class Softmax(nn.Module):
 
 def test_what_cannot_run_is_named():
     x = torch.randn(2, 3, 8, 8)
-    paper = prepare(Small(), QuantizationConfig())
+    paper = prepare(Small(), QuantizationConfig(scheme="paper"))
     with pytest.raises(ModelError, match="scheme paper"):
         run_integer(paper, x)
     with pytest.warns(UserWarning, match="softmax"):

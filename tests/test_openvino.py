@@ -47,7 +47,9 @@ def network() -> nn.Module:
 
 
 def twin_of(**config: Any) -> nn.Module:
-    twin = clusterq.prepare(network(), QuantizationConfig(**config), example_input=torch.zeros(2, *SHAPE))
+    twin = clusterq.prepare(
+        network(), QuantizationConfig(scheme="paper", **config), example_input=torch.zeros(2, *SHAPE)
+    )
     calibrate(twin, torch.randn(32, *SHAPE))
     return twin
 
@@ -142,7 +144,7 @@ def test_scheme_deploy_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tm
 def test_resnet20_on_cifar10(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path, folded: bool) -> None:
     loaded, images = cifar10
     batches = [x for x, _ in images.batches(250, 1250)]
-    twin = clusterq.prepare(loaded.model, QuantizationConfig())
+    twin = clusterq.prepare(loaded.model, QuantizationConfig(scheme="paper"))
     calibrate(twin, batches[0][:128])
     export = export_onnx(twin, tmp_path / "net.onnx", example_input=batches[0][:2], fold_batch_norm=folded)
     model = openvino.compiled(export.path)

@@ -63,7 +63,9 @@ def twin_of(network: nn.Module, shape: tuple[int, int, int] = SHAPE, **config: A
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.2, 2)
-    twin = clusterq.prepare(network.eval(), QuantizationConfig(**config), example_input=torch.zeros(2, *shape))
+    twin = clusterq.prepare(
+        network.eval(), QuantizationConfig(**{"scheme": "paper"} | config), example_input=torch.zeros(2, *shape)
+    )
     calibrate(twin, torch.randn(16, *shape))
     return twin
 
@@ -255,7 +257,7 @@ def test_record_says_what_reading_needs(tmp_path: Path) -> None:
         record = json.loads((tmp_path / "net" / "packed.json").read_text())
         assert set(record["quantization"]) == fields - usual | set(settings)
         assert set(record["versions"]) == {"clusterq", "python", "torch"}
-        assert load_packed(tmp_path / "net").record.quantization == QuantizationConfig(**settings)
+        assert load_packed(tmp_path / "net").record.quantization == QuantizationConfig(scheme="paper", **settings)
     for entry in ("weights [name, shape, bits]", "activations [name, bits, quant_min, zero_point, function]"):
         assert entry in record["layout"]
     for entry in ("batch_norms [name, channels, eps]", "tensors [name, dtype, shape]"):
@@ -268,7 +270,7 @@ def test_record_with_every_setting_is_read(tmp_path: Path) -> None:
     written = save_packed(twin, tmp_path / "net", input_shape=SHAPE)
     file = tmp_path / "net" / "packed.json"
     record = json.loads(file.read_text())
-    record["quantization"] = clusterq.ClusterQConfig(quantization=QuantizationConfig(weight_bits=5)).to_dict()[
+    record["quantization"] = clusterq.ClusterQConfig(QuantizationConfig(weight_bits=5, scheme="paper")).to_dict()[
         "quantization"
     ]
     record["versions"]["numpy"] = "2.0"
@@ -559,7 +561,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not come from clusterq"):
         save_packed(Net(), tmp_path / "net", input_shape=SHAPE)
     with pytest.raises(ModelError, match="has no range yet"):
-        save_packed(clusterq.prepare(Net(), QuantizationConfig()), tmp_path / "net", input_shape=SHAPE)
+        save_packed(clusterq.prepare(Net(), QuantizationConfig(scheme="paper")), tmp_path / "net", input_shape=SHAPE)
     set_quantization(twin, weights=False)
     with pytest.raises(ModelError, match="conv1: quantization of its weight is switched off"):
         save_packed(twin, tmp_path / "net", input_shape=SHAPE)

@@ -21,7 +21,8 @@ from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer, set_qua
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.prepare import freeze_batch_norm_statistics, prepare, report, unreached
 
-CONFIG = QuantizationConfig()
+# What every scheme does; what scheme deploy adds is in test_deployable.py.
+CONFIG = QuantizationConfig(scheme="paper")
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

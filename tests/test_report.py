@@ -38,6 +38,7 @@ RESULT: dict[str, Any] = {
     "baselines": {
         "rounded_minmax": {
             "training": "none",
+            "scheme": "paper",
             "ranges": "minmax",
             "weights": "per output channel, asymmetric",
             "activations": "per tensor, asymmetric",
@@ -45,6 +46,7 @@ RESULT: dict[str, Any] = {
         },
         "rounded_mse": {
             "training": "none",
+            "scheme": "paper",
             "ranges": "mse",
             "weights": "per output channel, symmetric",
             "activations": "per tensor, asymmetric",

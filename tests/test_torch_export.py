@@ -20,11 +20,14 @@ from clusterq.nn import set_quantization
 from clusterq.qat import calibrate
 
 SHAPE = (3, 10, 10)
+# Scheme paper; its twin keeps BatchNorm and biases in floating point.
+PAPER: dict[str, Any] = {"scheme": "paper"}
 CONFIGS: dict[str, dict[str, Any]] = {
-    "learned": {},
+    "learned": PAPER,
     "deploy": {"scheme": "deploy", "sum_bits": 6},
-    "fixed": {"learned_scale": False, "weight_range": "minmax", "weight_bits": 2, "activation_symmetric": True},
-    "ema": {"learned_scale": False, "activation_range": "ema", "gradient": "pass_through", "activation_bits": 8},
+    "fixed": PAPER | {"learned_scale": False, "weight_range": "minmax", "weight_bits": 2, "activation_symmetric": True},
+    "ema": PAPER
+    | {"learned_scale": False, "activation_range": "ema", "gradient": "pass_through", "activation_bits": 8},
 }
 
 
@@ -150,7 +153,7 @@ def test_what_cannot_be_converted(twin: nn.Module) -> None:
     with pytest.raises(ModelError, match="Net is not quantized"):
         convert(Net())
     with pytest.raises(ModelError, match="has no range yet"):
-        convert(clusterq.prepare(Net(), QuantizationConfig()))
+        convert(clusterq.prepare(Net(), QuantizationConfig(scheme="paper")))
     set_quantization(twin, activations=False)
     with pytest.raises(ModelError, match="quantization is switched off"):
         convert(twin)

@@ -3,7 +3,15 @@
 from clusterq.qat.calibrate import calibrate, round_only
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.finetune import Finetuner, ImageSource, finetune, learning_rate, random_crop_and_flip
-from clusterq.qat.prepare import Row, freeze_batch_norm_statistics, prepare, prepared_with, report, unreached
+from clusterq.qat.prepare import (
+    Row,
+    freeze_batch_norm_statistics,
+    is_prepared_with,
+    prepare,
+    prepared_with,
+    report,
+    unreached,
+)
 
 __all__ = [
     "Finetuner",
@@ -14,6 +22,7 @@ __all__ = [
     "distillation_loss",
     "finetune",
     "freeze_batch_norm_statistics",
+    "is_prepared_with",
     "learning_rate",
     "prepare",
     "prepared_with",

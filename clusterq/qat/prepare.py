@@ -4,10 +4,10 @@ Every `nn.Conv2d` and `nn.Linear` that the network calls gets a quantized weight
 gets a quantizer of its own, whether it is a module, a function or a tensor method: ReLU, ReLU6, Hardtanh, Hardswish,
 SiLU, GELU, LeakyReLU, PReLU, ELU, SELU, CELU, Mish, Softplus, Sigmoid (of gates too), Hardsigmoid, Tanh, LogSigmoid,
 Softsign, Tanhshrink, Hardshrink, Softshrink, Threshold, RReLU, GLU. A clamp from 0 up counts as ReLU, one from 0 to 6
-as ReLU6, with their gradient (0 at the bounds). The input image, BatchNorm, residual sums, pooled features and biases
-stay in floating point, as in the paper, unless the scheme is deploy: see `clusterq.qat.deployable`. What should have
-been quantized and could not be is named by `unreached` and in a warning: also softmax and its kin, `maximum`,
-`minimum`, and clamps to other bounds.
+as ReLU6, with their gradient (0 at the bounds). In scheme paper the input image, BatchNorm, residual sums, pooled
+features and biases stay in floating point; what scheme deploy does with them tells `clusterq.qat.deployable`. What
+should have been quantized and could not be is named by `unreached` and in a warning: also softmax and its kin,
+`maximum`, `minimum`, and clamps to other bounds.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
             torch.fx cannot trace the network.
 
     Raises:
-        ModelError: the network has no Conv2d or Linear, is quantized already, or is not traceable in scheme deploy.
+        ModelError: the network has no Conv2d or Linear, is quantized already, or cannot be traced in scheme deploy.
         ValueError: `config.layer_bits` has a name that is neither a quantized layer nor an activation quantizer.
     """
     if any(isinstance(m, (QuantizedConv2d, QuantizedLinear)) for m in model.modules()):
@@ -72,9 +72,15 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
     student = copy.deepcopy(model).eval()
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    calls = record_calls(student, example_input)
+    if config.scheme == "auto":
+        config = replace(config, scheme="paper" if calls.graph is None else "deploy")
+        if calls.graph is None:
+            warnings.warn(f"{calls.problem}: quantized in scheme paper, not deploy", UserWarning, stacklevel=2)
     if config.scheme == "deploy":
         deployable.separate_norms(student)
-    conversion = _Conversion(student, config, record_calls(student, example_input))
+        calls = record_calls(student, example_input)
+    conversion = _Conversion(student, config, calls)
     conversion.run()
     if config.scheme == "deploy":
         deployable.complete(conversion)
@@ -98,8 +104,14 @@ def unreached(prepared: nn.Module) -> list[Row]:
 
 
 def prepared_with(prepared: nn.Module) -> QuantizationConfig:
-    """The settings that `prepare` made this network with."""
+    """The settings that `prepare` made this network with; scheme `"auto"` has become what it chose."""
     return _quantization(prepared)[2]
+
+
+def is_prepared_with(prepared: nn.Module, config: QuantizationConfig) -> bool:
+    """Whether `prepare(network, config)` gives such a network."""
+    own = prepared_with(prepared)
+    return own == (replace(config, scheme=own.scheme) if config.scheme == "auto" else config)
 
 
 def _quantization(prepared: nn.Module) -> tuple[tuple[Row, ...], tuple[Row, ...], QuantizationConfig]:
