@@ -40,6 +40,8 @@ IMAGE_BYTES, IMAGE_PIXELS = 64 << 20, 89_478_485
 # Pillow reads PostScript by running Ghostscript, and dozens of formats that nobody stores images of a test set in.
 _IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 _MAX_HEADER = 4096
+# zlib's window of 32 kB, with header and trailer of gzip and nothing else.
+_GZIP = 16 + zlib.MAX_WBITS
 # Of labels.csv: 40 million lines.
 _MAX_LABELS_BYTES = 1 << 30
 # What numpy raises for a damaged header, which it evaluates as a Python literal.
@@ -73,8 +75,14 @@ def parse_json(data: bytes, name: str, failure: Failure) -> Any:
 
 
 def read_json(path: Path, failure: Failure, *, limit: int = JSON_BYTES) -> Any:
-    """The value of a JSON file of at most `limit` bytes, as `parse_json`. Raises OSError when it cannot be read."""
-    return parse_json(read_limited(path, failure, limit=limit), str(path), failure)
+    """The value of a JSON file of at most `limit` bytes, as `parse_json`; one named .gz is unpacked by `gunzip` first.
+
+    Raises OSError when it cannot be read.
+    """
+    data = read_limited(path, failure, limit=limit)
+    if path.suffix == ".gz":
+        data = gunzip(data, str(path), failure, limit=limit)
+    return parse_json(data, str(path), failure)
 
 
 def read_record(
@@ -99,6 +107,34 @@ def read_record(
     if data.get("format_version") != version:
         raise failure(f"{path} is {what} in format {data.get('format_version')!r}; this version reads {version}")
     return data
+
+
+def gunzip(data: bytes, name: str, failure: Failure, *, limit: int) -> bytes:
+    """What the one member of a gzip file holds; memory is taken for `limit` bytes at most.
+
+    Raises:
+        failure: it is no gzip file, is cut short, does not fit its checksum, goes on behind its member, or unpacks to
+            more than `limit` bytes.
+    """
+    unpacker = zlib.decompressobj(wbits=_GZIP)
+    try:
+        # One byte more tells a file of `limit` bytes from a larger one.
+        unpacked = unpacker.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise failure(f"{name} is damaged: it cannot be unpacked by gzip: {first_line(error)}") from error
+    if len(unpacked) > limit:
+        raise failure(f"{name} was refused: its {len(data)} bytes unpack to more than {limit}")
+    if not unpacker.eof:
+        raise failure(f"{name} is damaged: its compressed data ends too early")
+    if unpacker.unused_data:
+        raise failure(f"{name} is damaged: {len(unpacker.unused_data)} bytes follow its compressed data")
+    return unpacked
+
+
+def gzipped(data: bytes) -> bytes:
+    """A gzip file of one member as small as zlib makes it, without name and time: equal data gives equal bytes."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, _GZIP, 9)
+    return packer.compress(data) + packer.flush()
 
 
 def read_limited(path: Path, failure: Failure, *, limit: int = JSON_BYTES) -> bytes:

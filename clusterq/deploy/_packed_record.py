@@ -1,4 +1,4 @@
-"""The record of a packed network, `packed.json`: written, read, and checked before anything is allocated."""
+"""The record of a packed network, `packed.json.gz`: written, read, and checked before anything is allocated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from clusterq.nn.quantizers import Fused
 from clusterq.records import fields_checked, items, number, text, whole
 
 FORMAT, FORMAT_VERSION = "clusterq-packed", 1
-TENSORS, RECORD = "packed.safetensors", "packed.json"
+TENSORS, RECORD = "packed.safetensors", "packed.json.gz"
+_UNPACKED_RECORD = RECORD.removesuffix(".gz")
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -41,8 +42,9 @@ LAYOUT = (
     "batch_norms [name, channels, eps]: gamma, beta, mean, variance. "
     "tensors [name, dtype, shape]: tensors.DTYPE, row-major."
 )
-# A record is a line per layer, and a header has its limit too, so that a file cannot ask for more.
-_MAX_RECORD, _MAX_HEADER = 1 << 26, 1 << 16
+# A record is a line per layer, 40,000 of them at least: what a few kB of gzip can ask for stays small, also as JSON
+# values, which take up to 30 times as much memory as their text. A header has its limit too.
+_MAX_RECORD, _MAX_HEADER = 1 << 22, 1 << 16
 _MAX_SIZE, _MAX_NAME, _MAX_DIMENSIONS = 1 << 31, 1024, 8
 
 WeightEntry = tuple[str, tuple[int, ...], int]
@@ -54,7 +56,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class PackedRecord(NetworkRecord):
-    """What `packed.json` says, beside what every record does.
+    """What `packed.json.gz` says, beside what every record does.
 
     Attributes:
         network: class of the network; a label.
@@ -70,7 +72,7 @@ class PackedRecord(NetworkRecord):
     tensors: tuple[TensorEntry, ...]
 
     def to_json(self) -> str:
-        """One entry a line, nothing else between them: of a small network the record is a good part of the bytes."""
+        """One entry a line, nothing else between them: of a small network the record is a part of the bytes."""
         quantization = ClusterQConfig(quantization=self.quantization).to_dict()["quantization"]
         usual = ClusterQConfig().to_dict()["quantization"]
         quantization = {k: v for k, v in quantization.items() if k not in _TRAINED_WITH or v != usual[k]}
@@ -124,6 +126,11 @@ def code_bytes(shape: Iterable[int], bits: int) -> int:
     return (math.prod(shape) * bits + 7) // 8
 
 
+def has_record(folder: Path) -> bool:
+    """Whether a folder says that it is a packed network; one whose record was unpacked says so too."""
+    return any((folder / name).is_file() for name in (RECORD, _UNPACKED_RECORD))
+
+
 def read_record(folder: Path) -> PackedRecord:
     """The record of a packed network, every field checked.
 
@@ -133,6 +140,8 @@ def read_record(folder: Path) -> PackedRecord:
     """
     file = folder / RECORD
     if not file.is_file():
+        if (folder / _UNPACKED_RECORD).is_file():
+            raise CheckpointError(f"{folder} has {_UNPACKED_RECORD} unpacked; wanted {RECORD}, which gzip makes of it")
         raise CheckpointError(f"{folder} is not a packed network: it has no {RECORD}")
     what = "the record of a packed network"
     data = readers.read_record(
@@ -149,7 +158,7 @@ def check_readable(record: PackedRecord) -> bytes:
         raise ModelError(f"{problem}: its record has more than {_MAX_RECORD} bytes")
     with fields_checked(problem, ModelError):
         _record(readers.parse_json(data, "its record", ModelError))
-    return data
+    return readers.gzipped(data)
 
 
 def check_numbers(tensors: Mapping[str, Tensor], where: str, failure: readers.Failure) -> None:

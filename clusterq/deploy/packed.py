@@ -1,6 +1,6 @@
-"""Quantized networks as plain tensors: a folder with `packed.safetensors` and `packed.json`, for any language.
+"""Quantized networks as plain tensors: a folder with `packed.safetensors` and `packed.json.gz`, for any language.
 
-`packed.json` says what the network is and lists, one entry a line and in this order everywhere:
+`packed.json.gz`, JSON text in gzip, says what the network is and lists, one entry a line and in this order everywhere:
 
 - `weights`: `[name, shape, bits]`;
 - `activations`: `[name, bits, quant_min, zero_point, activation]`, quant_max being `quant_min + 2^bits - 1`;
@@ -22,8 +22,9 @@ A weight is (code - zero_point) * scale per entry of axis 0. A quantizer compute
 (clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale; round is half to even, all of
 it in float32. Everything is little-endian.
 
-So the tensors take `theoretical_bytes` and half a kilobyte of header. Loading checks the record, the size of the file
-against it, its SHA-256, and every length, before a weight is made; nothing is unpickled and no code that a file names
+So the folder takes `theoretical_bytes`, half a kilobyte of header and 1-2 kB of record; the same network written again by
+the same versions has the same bytes. Loading checks the record, which is never unpacked beyond its limit, the size of the
+file against it, its SHA-256, and every length, before a weight is made; nothing is unpickled and no code that a file names
 is run.
 """
 
@@ -49,6 +50,7 @@ from clusterq.deploy._packed_record import (
     check_readable,
     code_bytes,
     dtype_name,
+    has_record,
     read_record,
 )
 from clusterq.deploy.plain import ActivationGrid, CodedWeight, Numbers, norm_eps, numbers_of, parts_of, plain
@@ -211,7 +213,7 @@ def load_packed(path: str | Path) -> PackedNetwork:
 
 def is_packed(path: str | Path) -> bool:
     """Whether a folder says that it is a packed network."""
-    return (Path(path) / RECORD).is_file()
+    return has_record(Path(path))
 
 
 def theoretical_bytes(numbers: Numbers) -> int:
