@@ -22,10 +22,10 @@ A weight is (code - zero_point) * scale per entry of axis 0. A quantizer compute
 (clamp(round(x * (1 / scale)) + zero_point, quant_min, quant_max) - zero_point) * scale; round is half to even, all of
 it in float32. Everything is little-endian.
 
-So the folder takes `theoretical_bytes`, half a kilobyte of header and 1-2 kB of record; the same network written again by
-the same versions has the same bytes. Loading checks the record, which is never unpacked beyond its limit, the size of the
-file against it, its SHA-256, and every length, before a weight is made; nothing is unpickled and no code that a file names
-is run.
+So the folder takes `theoretical_bytes`, half a kilobyte of header and 1-2 kB of record; the same network written again
+by the same versions has the same bytes. Loading checks the record, which is never unpacked beyond its limit, the size
+of the file against it, its SHA-256, and every length, before a weight is made; nothing is unpickled and no code that a
+file names is run.
 """
 
 from __future__ import annotations
