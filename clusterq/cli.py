@@ -188,6 +188,13 @@ def _add_export(commands: Any) -> None:
         help="onnx, qdq: QuantizeLinear/DequantizeLinear; integer: ConvInteger, MatMulInteger (default: %(default)s)",
     )
     export.add_argument("--fold-batch-norm", action="store_true", help="onnx, qdq: BatchNorm into scales and biases")
+    export.add_argument(
+        "--target",
+        choices=("onnxruntime", "tensorrt"),
+        default="onnxruntime",
+        help="onnx, scheme deploy: tensorrt wants networks quantized with quantization.int8_symmetric=true "
+        "(default: %(default)s)",
+    )
     export.add_argument("--model", help="of a checkpoint whose network came from a Python file: FILE.py:FACTORY")
     add_trust(export)
     export.add_argument("--data", help="evaluation set to compare classes on (default: random images)")
@@ -339,7 +346,7 @@ def _export(options: argparse.Namespace, command: str) -> int:
     common_of(options, command)
     names = ("bits", "output", "model", "trust", "limit", "batch_size", "overwrite")
     request = ExportRequest(options.source, evaluation=options.data, **{name: getattr(options, name) for name in names})
-    given = {name: getattr(options, name) for name in ("packed", "operators", "fold_batch_norm")}
+    given = {name: getattr(options, name) for name in ("packed", "operators", "fold_batch_norm", "target")}
     if options.format != "onnx":
         result = forms.export_torch(request, options.format, **given)
         print(export.as_json(result) if options.json else forms.describe(result))

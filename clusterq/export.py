@@ -23,6 +23,7 @@ def export_checkpoint(
     packed: bool = False,
     operators: Any = "qdq",
     fold_batch_norm: bool = False,
+    target: Any = "onnxruntime",
     threads: int = 1,
 ) -> dict[str, Any]:
     """Write the ONNX file of a checkpoint, run it, and tell what came of it.
@@ -31,13 +32,13 @@ def export_checkpoint(
 
     Args:
         request: what to read and write, and the images to compare classes on.
-        packed, operators, fold_batch_norm: see `clusterq.export_onnx`.
+        packed, operators, fold_batch_norm, target: see `clusterq.export_onnx`.
         threads: of the runtimes.
 
     Returns:
-        Plain values: `path`, `opset`, `operators`, `file_bytes`, `float_file_bytes`, `layers`, `activation_bits`,
-        `kernels`, `threads`, `milliseconds` of an image by batch size (in onnxruntime: `float`, `exported`, and
-        `ratio`, the median over rounds of the second by the first; in OpenVINO, where it is installed,
+        Plain values: `path`, `opset`, `operators`, `target`, `file_bytes`, `float_file_bytes`, `layers`,
+        `activation_bits`, `kernels`, `threads`, `milliseconds` of an image by batch size (in onnxruntime: `float`,
+        `exported`, and `ratio`, the median over rounds of the second by the first; in OpenVINO, where it is installed,
         `openvino_float` and so on), `agreement` (`same`, `of`, `images`), `openvino` (see `_openvino`).
 
     Raises:
@@ -50,30 +51,32 @@ def export_checkpoint(
     from clusterq.deploy import _onnx_runtime as runtime
 
     opened = request.open("model.onnx")
-    twin, target, shape = opened.network, opened.target, opened.record.input_shape
+    twin, path, shape = opened.network, opened.target, opened.record.input_shape
     example = torch.zeros(2, *shape)
     written = export_onnx(
         twin,
-        target,
+        path,
         example_input=example,
         packed=packed,
         operators=operators,
         fold_batch_norm=fold_batch_norm,
+        target=target,
         overwrite=request.overwrite,
     )
     kernels = runtime.integer_kernels(written)
     image = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     full = runtime.float_model(twin, example)
-    same, count = runtime.same_classes(twin, runtime.runner(target, threads=threads), opened.batches())
+    same, count = runtime.same_classes(twin, runtime.runner(path, threads=threads), opened.batches())
     openvino = _openvino(written, twin, opened.batches(), threads)
     beside = openvino is not None and "error" not in openvino
     layers = [asdict(layer) | {"integer_kernel": layer.name in kernels.layers} for layer in written.layers]
     for layer in layers:
         layer["openvino_integer"] = layer["name"] in openvino["layers"] if beside and openvino is not None else None
     return {
-        "path": str(target),
+        "path": str(path),
         "opset": written.opset,
         "operators": operators,
+        "target": target,
         "file_bytes": written.file_bytes,
         "float_file_bytes": len(full),
         "layers": layers,
@@ -81,7 +84,7 @@ def export_checkpoint(
         "kernels": kernels.counts,
         "threads": threads,
         "milliseconds": {
-            str(batch): milliseconds(full, target, image, batch, threads=threads, openvino=beside) for batch in (1, 32)
+            str(batch): milliseconds(full, path, image, batch, threads=threads, openvino=beside) for batch in (1, 32)
         },
         "agreement": {"same": same, "of": count, "images": opened.images},
         "openvino": openvino,
@@ -181,7 +184,9 @@ def describe(result: dict[str, Any]) -> str:
     ]
     if openvino is not None and not beside:
         lines.append(f"openvino cannot run this file: {openvino['error']}")
-    if integer == 0 and not any(layer["container"] == "INT4" for layer in result["layers"]):
+    if result["target"] == "tensorrt":
+        lines.append("the file is for TensorRT, which was not run: kernels, times and classes are those of onnxruntime")
+    elif integer == 0 and not any(layer["container"] == "INT4" for layer in result["layers"]):
         lines.append(
             "BatchNorm and sums in floating point keep layers from onnxruntime's integer kernels: quantize with "
             "--set quantization.scheme=deploy; for this network --operators integer and --fold-batch-norm are the ways "

@@ -24,13 +24,24 @@ from clusterq.stored import ExportRequest, Opened, open_quantized
 
 
 def export_torch(
-    request: ExportRequest, kind: str, *, packed: bool = False, operators: str = "qdq", fold_batch_norm: bool = False
+    request: ExportRequest,
+    kind: str,
+    *,
+    packed: bool = False,
+    operators: str = "qdq",
+    fold_batch_norm: bool = False,
+    target: str = "onnxruntime",
 ) -> dict[str, Any]:
     """`export_packed` (kind `"safetensors"`) or `export_program` (`"pt2"`).
 
     Raises ValueError for options of ONNX files.
     """
-    unused = {"packed": packed, "operators": operators != "qdq", "fold-batch-norm": fold_batch_norm}
+    unused = {
+        "packed": packed,
+        "operators": operators != "qdq",
+        "fold-batch-norm": fold_batch_norm,
+        "target": target != "onnxruntime",
+    }
     for name, is_given in unused.items():
         if is_given:
             raise ValueError(f"--{name} is given with --format {kind}; it belongs to onnx")

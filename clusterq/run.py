@@ -267,7 +267,7 @@ class _Run:
 
     def _rounded(self, width: Width, quantization: QuantizationConfig, ranges: WeightRange) -> Any:
         with self.timed("calibration"):
-            asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False)
+            asymmetric = replace(quantization, weight_symmetric=False, activation_symmetric=False, int8_symmetric=False)
             student = qat.round_only(self.loaded.model, asymmetric, self.calibration_images, ranges)
         return self.measure(student, f"{width} {ranges}")
 

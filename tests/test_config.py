@@ -36,6 +36,7 @@ BAD = {
         "gradient": ["none"],
         "weight_symmetric": [0],
         "activation_symmetric": [0],
+        "int8_symmetric": [1, None],
         "correct_batch_norm": [1, "yes"],
         "range_momentum": [1.0, -0.1, float("nan"), "0.9", True],
         "range_steps": [-1, 2.5],

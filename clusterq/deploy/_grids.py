@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Grid:
-    """Quantization parameters of one weight (axis 0) or activation (axis None): float32 and int64 [C] or [1]."""
+    """Quantization parameters of one weight (axis 0) or activation (axis None): float32 and int64 [C] or [1].
+
+    `non_negative`: what is quantized is never below 0.
+    """
 
     name: str
     scale: Tensor
@@ -26,6 +29,7 @@ class Grid:
     quant_min: int
     quant_max: int
     axis: int | None
+    non_negative: bool = False
 
     @property
     def bits(self) -> int:
@@ -73,7 +77,7 @@ def activation_grid(name: str, quantizer: ActivationQuantizer) -> Grid:
         raise ModelError(f"{name}: quantization is switched off")
     if int(quantizer.observations) == 0:
         raise ModelError(f"{name}: has no range yet; calibrate the network (clusterq.qat.calibrate) first")
-    return checked_grid(name, *quantizer.qparams(), None)
+    return replace(checked_grid(name, *quantizer.qparams(), None), non_negative=quantizer.non_negative)
 
 
 def replace_modules(model: nn.Module, replaced: Mapping[nn.Module, nn.Module]) -> None:

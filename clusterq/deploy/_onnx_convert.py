@@ -159,30 +159,39 @@ class Converter:
         assert grid is not None
         x: Any = node.args[0]
         top = grid.quant_max
-        if node.args[6] in ("relu", "relu6"):
-            x = self.graph.node("Relu", [self.read(x)], f"{grid.name}/relu")
         if node.args[6] == "relu6":
             # Rounding is monotonic: limiting x at 6 limits its code at that of 6.
             six = (6.0 * grid.scale.reciprocal()).round() + grid.zero_point
             top = min(top, int(six))
-        offset = self.offset(grid)
-        low_code, top = grid.quant_min + offset, top + offset
-        integer: Any = np.int8 if low_code < 0 else np.uint8
-        scale = self.graph.tensor(np.array(grid.scale.item(), dtype=np.float32), f"{grid.name}/scale")
-        zero = self.graph.tensor(np.array(grid.zero_point.item() + offset, dtype=integer), f"{grid.name}/zero_point")
-        codes = self.graph.node("QuantizeLinear", [self.read(x), scale, zero], f"{grid.name}/quantized")
-        info = np.iinfo(integer)
-        low = "" if low_code == info.min else "low"
-        high = "" if top == info.max else "high"
-        if low or high:
-            bounds = [
-                self.graph.tensor(np.array(bound, dtype=integer), f"{grid.name}/{name}") if name else ""
-                for name, bound in ((low, low_code), (high, top))
-            ]
-            codes = self.graph.node("Clip", [codes, *bounds], f"{grid.name}/codes")
+        codes, step = self._codes(grid, self.read(x), top, relu=node.args[6] in ("relu", "relu6"))
         self.codes.setdefault(grid.name, []).append(codes)
         self.coded[node] = grid, codes
-        return self.graph.node("DequantizeLinear", [codes, scale, zero], grid.name)
+        return self.graph.node("DequantizeLinear", [codes, *step], grid.name)
+
+    def _codes(self, grid: Grid, x: str, top: int, *, relu: bool) -> tuple[str, list[str]]:
+        """Codes of a tensor up to `top`, after a ReLU where there is one, and the names of its `_step`."""
+        if relu:
+            x = self.graph.node("Relu", [x], f"{grid.name}/relu")
+        step = self._step(grid, grid.name)
+        codes = self.graph.node("QuantizeLinear", [x, *step], f"{grid.name}/quantized")
+        offset, integer = self.offset(grid), self._code_type(grid)
+        info, bounds = np.iinfo(integer), (grid.quant_min + offset, top + offset)
+        if bounds == (info.min, info.max):
+            return codes, step
+        names = [
+            "" if bound == limit else self.graph.tensor(np.array(bound, dtype=integer), f"{grid.name}/{name}")
+            for name, bound, limit in zip(("low", "high"), bounds, (info.min, info.max), strict=True)
+        ]
+        return self.graph.node("Clip", [codes, *names], f"{grid.name}/codes"), step
+
+    def _step(self, grid: Grid, name: str) -> list[str]:
+        """Adds the scale and zero point of an activation; the latter has the type of the codes."""
+        zero = np.array(grid.zero_point.item() + self.offset(grid), dtype=self._code_type(grid))
+        scale = self.graph.tensor(np.array(grid.scale.item(), dtype=np.float32), f"{name}/scale")
+        return [scale, self.graph.tensor(zero, f"{name}/zero_point")]
+
+    def _code_type(self, grid: Grid) -> Any:
+        return np.int8 if grid.quant_min + self.offset(grid) < 0 else np.uint8
 
     def offset(self, grid: Grid) -> int:
         """What is added to codes of an activation: onnxruntime's integer operators take unsigned ones."""

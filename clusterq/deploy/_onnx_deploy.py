@@ -117,11 +117,8 @@ class DeployConverter(Converter):
     def constant(self, value: float, node: fx.Node) -> str:
         if self._padding is None:
             return super().constant(value, node)
-        grid = self._padding
-        return self.graph.tensor(self._integer(grid, grid.zero_point), self.label(node, "zero_point"))
-
-    def _integer(self, grid: Grid, value: Tensor) -> np.ndarray[Any, Any]:
-        return np.array(int(value), dtype=np.int8 if grid.quant_min < 0 else np.uint8)
+        zero = np.array(self._padding.zero_point.item(), dtype=self._code_type(self._padding))
+        return self.graph.tensor(zero, self.label(node, "zero_point"))
 
     def _convert(self, node: fx.Node) -> Any:
         source: Any = node.args[0] if node.args else None
@@ -164,18 +161,17 @@ class DeployConverter(Converter):
         return self._dequantized(grid, moved, self.label(node, f"{node.name}_dequantized"))
 
     def _dequantized(self, grid: Grid, codes: str, name: str) -> str:
-        scale = self.graph.tensor(np.array(grid.scale.item(), dtype=np.float32), f"{name}/scale")
-        zero = self.graph.tensor(self._integer(grid, grid.zero_point), f"{name}/zero_point")
-        return self.graph.node("DequantizeLinear", [codes, scale, zero], name)
+        return self.graph.node("DequantizeLinear", [codes, *self._step(grid, name)], name)
 
     def _activation(self, node: fx.Node) -> str:
         value, source = super()._activation(node), node.args[0]
         axes = self._squeezed.get(source)
-        if not axes:
-            return value
+        return self._squeeze(node, value, self.graph.integers(axes, self.label(node, "axes"))) if axes else value
+
+    def _squeeze(self, node: fx.Node, value: str, axes: str) -> str:
+        """A quantized mean without dimensions of size 1; `value`: dequantized, with them."""
         grid, codes = self.coded[node]
-        names = [codes, self.graph.integers(axes, self.label(node, "axes"))]
-        squeezed = self.graph.node("Squeeze", names, f"{grid.name}/squeezed")
+        squeezed = self.graph.node("Squeeze", [codes, axes], f"{grid.name}/squeezed")
         self.codes[grid.name][-1] = squeezed
         self.coded[node] = grid, squeezed
         return self._dequantized(grid, squeezed, f"{grid.name}/mean")

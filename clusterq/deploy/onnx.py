@@ -10,7 +10,10 @@ layer, sum and pooling, int32 biases, and codes equal to those of `clusterq.depl
 where a sum of two tensors lies on a rounding boundary. On processors without VNNI, onnxruntime's kernels saturate sums
 of two products beyond 16 bits: weights of up to 6 bits have room, wider ones only beside activations of up to 7 bits
 stored as UINT8. A convolution whose result leaves the network without a quantizer is computed in floating point from
-the same numbers. The rest is about scheme paper.
+the same numbers. `target="tensorrt"` writes them for TensorRT: INT8 with zero point 0 alone, a Clip of values in place
+of one of codes, biases in float32 (`clusterq.deploy._onnx_tensorrt`); `QuantizationConfig.int8_symmetric` makes networks
+that fit. TensorRT itself was not run here. onnxruntime takes the same file, and computes layers in floating point where
+a Clip follows. The rest is about scheme paper.
 
 Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
 rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:
@@ -44,6 +47,7 @@ from clusterq.nn.quantizers import ActivationQuantizer, Fused
 from clusterq.qat.prepare import prepared_with
 
 Operators = Literal["qdq", "integer"]
+Target = Literal["onnxruntime", "tensorrt"]
 
 __all__ = ["OnnxExport", "export_onnx"]
 
@@ -56,7 +60,8 @@ class OnnxExport:
         path: the file.
         opset: version of the default operator set.
         layers: one `ExportedLayer` per quantized weight, in execution order.
-        activations: names of the tensors that hold the codes of each activation quantizer, one per call.
+        activations: names of the tensors that hold the codes of each activation quantizer, one per call; in files for
+            TensorRT less their zero points.
         activation_bits: width of each activation quantizer.
         file_bytes: size of the file.
     """
@@ -77,6 +82,7 @@ def export_onnx(
     packed: bool = False,
     operators: Operators = "qdq",
     fold_batch_norm: bool = False,
+    target: Target = "onnxruntime",
     overwrite: bool = False,
 ) -> OnnxExport:
     """Write a quantized network as an ONNX file: `input` float32 to `output`, for any batch where the network allows.
@@ -91,12 +97,15 @@ def export_onnx(
             floating point.
         fold_batch_norm: for scheme paper, see above. Not where weights are packed, have 8 bits and zero points, or
             cannot change sign, or an int32 cannot hold the bias.
+        target: the runtime: `"onnxruntime"` (OpenVINO takes these files too), or for scheme deploy `"tensorrt"`.
         overwrite: replace a file of that name.
 
     Raises:
-        ValueError: unknown `operators`, `"integer"` with `packed` or `fold_batch_norm`, or either in scheme deploy.
+        ValueError: unknown `operators` or `target`, `"integer"` with `packed` or `fold_batch_norm`, or either in scheme
+            deploy, `"tensorrt"` with `packed` or in scheme paper.
         ModelError: a network that is not quantized, has no ranges, cannot be captured by `torch.export`, calls an
-            operator that has no rule here, or has numbers that integers and float32 cannot hold; names the layer.
+            operator that has no rule here, has numbers that integers and float32 cannot hold, or codes that the target
+            cannot; names the layer.
         MissingPackageError: onnx is not installed.
         OutputError: the file exists or cannot be written.
         TypeError: `example_input` is missing.
@@ -106,6 +115,10 @@ def export_onnx(
         model = model.student
     if operators not in get_args(Operators):
         raise ValueError(f"operators is {operators!r}; wanted qdq or integer")
+    if target not in get_args(Target):
+        raise ValueError(f"target is {target!r}; wanted onnxruntime or tensorrt")
+    if target == "tensorrt" and packed:
+        raise ValueError('packed is given with target "tensorrt", which multiplies weights of 8 bits')
     if operators == "integer" and (packed or fold_batch_norm):
         given = "packed" if packed else "fold_batch_norm"
         raise ValueError(f'{given} is given with operators "integer"; it belongs to "qdq"')
@@ -114,7 +127,9 @@ def export_onnx(
     path = Path(path)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name or allow overwriting")
-    proto, converter = build(model, example_input, packed=packed, operators=operators, fold_batch_norm=fold_batch_norm)
+    proto, converter = build(
+        model, example_input, packed=packed, operators=operators, fold_batch_norm=fold_batch_norm, target=target
+    )
     if packed and any(layer.container == "INT4" for layer in converter.layers):
         warnings.warn(
             "packed weights make the file smaller, not faster: onnxruntime has no integer convolution for INT4 and "
@@ -141,6 +156,7 @@ def build(
     packed: bool = False,
     operators: Operators = "qdq",
     fold_batch_norm: bool = False,
+    target: Target = "onnxruntime",
     quantized: bool = True,
 ) -> tuple[Any, Any]:
     """ModelProto and its `Converter`; `quantized=False` gives the same network in floating point, for comparison."""
@@ -154,7 +170,16 @@ def build(
     if deploy and (operators != "qdq" or fold_batch_norm):
         given = 'operators "integer"' if operators != "qdq" else "fold_batch_norm"
         raise ValueError(f"{given} is for scheme paper; in scheme deploy layers are integer and BatchNorm is folded")
+    if target == "tensorrt" and not deploy:
+        raise ValueError(
+            'target "tensorrt" is for scheme deploy: quantize with --set quantization.scheme=deploy '
+            "quantization.int8_symmetric=true"
+        )
     twin, grids = _frozen_twin(model, quantized=quantized)
+    if target == "tensorrt":
+        from clusterq.deploy._onnx_tensorrt import check_fits
+
+        check_fits(grids)
     program = capture(twin, example_input, decompose=True)
     signature = program.graph_signature
     names: dict[str, str] = {
@@ -168,8 +193,10 @@ def build(
     extra: dict[str, Any] = {}
     if deploy:
         from clusterq.deploy._onnx_deploy import DeployConverter, integer_layers
+        from clusterq.deploy._onnx_tensorrt import TensorRTConverter
 
-        kind, extra = DeployConverter, {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval(), grids)}
+        kind = TensorRTConverter if target == "tensorrt" else DeployConverter
+        extra = {"integers": integer_layers(copy.deepcopy(model).cpu().float().eval(), grids)}
     converter = kind(
         GraphWriter(21 if packed else 17),
         tensors,
@@ -198,6 +225,7 @@ def build(
         {
             "clusterq_version": __version__,
             "clusterq_operators": operators,
+            "clusterq_target": target,
             "clusterq_bits": {layer.name: layer.bits for layer in converter.layers}
             | {name: converter.grids[name].bits for name in converter.codes},
             "clusterq_multipliers": {layer.name: layer.multiplier for layer in converter.layers},

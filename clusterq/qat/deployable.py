@@ -244,7 +244,7 @@ def _widen(conversion: _Conversion, name: str, module: nn.Module) -> None:
     assert isinstance(module, ActivationQuantizer)
     if name in conversion.config.layer_bits:
         return
-    module.bits = conversion.config.sum_bits
+    module.bits = conversion.code_bits(conversion.config.sum_bits, non_negative=module.non_negative)
     module.quant_min, module.quant_max = code_range(module.bits, signed=module.symmetric)
     conversion.rows = [
         replace(row, activation_bits=module.bits) if row.name == name else row for row in conversion.rows

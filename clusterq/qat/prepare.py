@@ -255,7 +255,7 @@ class _Conversion:
             len(module.weight),
             mode="learned" if config.learned_scale else "live",
             method=config.weight_range,
-            symmetric=config.weight_symmetric or int8,
+            symmetric=config.weight_symmetric or config.int8_symmetric or int8,
             gradient=config.gradient,
             narrow=int8,
         )
@@ -265,19 +265,24 @@ class _Conversion:
             self.swaps[module] = QuantizedLinear.from_float(module, quantizer)
         self.rows.append(Row(name, type(module).__name__, weight_bits=bits, note=note))
 
+    def code_bits(self, bits: int, *, non_negative: bool) -> int:
+        """The width of a tensor that is to have `bits`: an INT8 around 0 has 7 for what is never negative."""
+        return min(bits, 7) if self.config.int8_symmetric and non_negative else bits
+
     def _quantizer(
-        self, name: str, label: str, note: str = "", bits: int | None = None, **settings: Any
+        self, name: str, label: str, note: str = "", bits: int | None = None, *, non_negative: bool, **settings: Any
     ) -> ActivationQuantizer:
         config = self.config
         mode: ActivationMode = (
             "learned" if config.learned_scale else "ema" if config.activation_range == "ema" else "fixed"
         )
-        bits = self._bits(name, bits or config.activation_bits)
+        bits = self.code_bits(self._bits(name, bits or config.activation_bits), non_negative=non_negative)
         self.rows.append(Row(name, label, activation_bits=bits, note=note))
         quantizer = ActivationQuantizer(
             bits,
             mode=mode,
-            symmetric=config.activation_symmetric,
+            symmetric=config.activation_symmetric or config.int8_symmetric,
+            non_negative=non_negative,
             gradient=config.gradient,
             method=config.activation_range,
             momentum=config.range_momentum,
@@ -316,9 +321,8 @@ class _Conversion:
             self.unreached.append(Row(call.name, call.kind, note=note))
             return
         fused = call.kind in ("relu", "relu6")
-        settings: dict[str, Any] = (
-            {"activation": call.kind} if fused else {"non_negative": is_non_negative(call.kind, None)}
-        )
+        settings: dict[str, Any] = {"non_negative": is_non_negative(call.kind, None)}
+        settings |= {"activation": call.kind} if fused else {}
         prefix = f"{call.name}." if call.name else ""
         self.insert(call.node, prefix + call.kind, call.kind, settings, instead=fused)
 
