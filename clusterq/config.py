@@ -65,10 +65,10 @@ class QuantizationConfig:
         gradient: straight-through estimator of the not-learned quantizers.
         weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range. Weights of 8 bits in
             scheme deploy always have it: without it codes less their zero point would not fit an int8.
-        int8_symmetric: only codes that an INT8 with zero point 0 holds, as TensorRT takes them: both settings above, and
-            what would have 8 bits and is never negative has 7 (codes 0 to 127). A setting of its own, as no choice of
-            the others gives that: widths follow from what reads a tensor, not from its sign. And not a scheme, for it
-            leaves open what is quantized. See `target` of `clusterq.export_onnx`.
+        int8_symmetric: only codes that an INT8 with zero point 0 holds, as TensorRT takes them: both settings above,
+            and what would have 8 bits and is never negative has 7 (codes 0 to 127). A setting of its own, as no choice
+            of the others gives that: widths follow from what reads a tensor, not from its sign. And not a scheme, for
+            it leaves open what is quantized. See `target` of `clusterq.export_onnx`.
         correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.

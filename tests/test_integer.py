@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from clusterq.config import QuantizationConfig
 from clusterq.deploy import run_integer
-from clusterq.deploy.integer import IntegerRun, Sum, Wide
+from clusterq.deploy.integer import IntegerRun
 from clusterq.errors import ModelError
 from clusterq.nn.quantizers import ActivationQuantizer, set_quantization
 from clusterq.qat.calibrate import calibrate
@@ -22,6 +22,7 @@ from clusterq.qat.prepare import prepare
 
 sys.path.insert(0, os.path.dirname(__file__))
 from deploy_cases import NETWORKS, Dense, Inverted, Residual, randomise
+from integer_checks import check_codes
 
 F = np.float32
 MIXES = [(4, 4), (3, 5), (8, 8), (2, 2)]
@@ -145,35 +146,13 @@ def test_rules_written_out():
     assert np.array_equal(logits.numpy(), t.astype(F) * unit)
 
 
-def _quotient(made_of: Any, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:
-    """What a quantizer rounds, exactly but for float64, and the error that float32 may make of it."""
-    scale = quantizer.qparams()[0].double()
-    if isinstance(made_of, Sum):
-        parts = [c.centered.double() * c.scale.double() / scale for c in (made_of.first, made_of.second)]
-        return parts[0] + parts[1], 18 * 2**-24 * (parts[0].abs() + parts[1].abs())
-    assert isinstance(made_of, Wide) and made_of.size is not None
-    step = made_of.unit.double() / (made_of.count * scale)
-    return made_of.total.double() * step, (made_of.terms + 16) * 2**-24 * made_of.size * step
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("bits", MIXES)
 def test_codes_of_the_twin(network: type[nn.Module], bits: tuple[int, int]):
     """With equal codes in front, only a quotient within `(n + 16) * 2^-24 * a` of k + 1/2 may round the other way."""
     twin, x = made(network, bits)
     _, wanted = twin_codes(twin, x)
-    run = IntegerRun(twin, sizes=True)
-    quantizers: Any = dict(twin.named_modules())
-    run.forced = {name: [c - quantizers[name].qparams()[1].long() for c in calls] for name, calls in wanted.items()}
-    run(x)
-    assert list(run.codes) == list(wanted)
-    for name, calls in wanted.items():
-        for found, codes, made_of in zip(run.codes[name], calls, run.wide[name], strict=True):
-            other = found.long() != codes
-            if bool(other.any()):
-                quotient, bound = _quotient(made_of, quantizers[name])
-                distance = ((quotient - 0.5) - (quotient - 0.5).round()).abs()
-                assert bool((distance <= bound)[other].all()), name
+    check_codes(twin, x, wanted)
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -15,7 +15,7 @@ Quantized Types" in NVIDIA's documentation). Hence, with the numbers of `run_int
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,15 @@ _LOW, _HIGH = -128, 127
 _NAMED = 3
 
 
-def check_fits(grids: Mapping[str, Grid]) -> None:
+def check_fits(activations: Iterable[Grid]) -> None:
     """Raises ModelError, which names tensors and the setting, where codes have no place in an INT8 with zero point 0.
 
     Those of weights of scheme deploy always have one, see `clusterq.deploy._onnx_deploy`.
     """
-    wide = {name: _around_zero(grid) for name, grid in grids.items() if grid.axis is None}
-    wide = {name: ends for name, ends in wide.items() if ends[0] < _LOW or ends[1] > _HIGH}
+    ends = [(grid.name, *_around_zero(grid)) for grid in activations]
+    wide = [f"{name} ({low} to {high})" for name, low, high in ends if low < _LOW or high > _HIGH]
     if wide:
-        named = ", ".join(f"{name} ({low} to {high})" for name, (low, high) in list(wide.items())[:_NAMED])
+        named = ", ".join(wide[:_NAMED])
         more = f" and {len(wide) - _NAMED} more" if len(wide) > _NAMED else ""
         raise ModelError(
             f"TensorRT has codes from {_LOW} to {_HIGH} around a zero point of 0, which leaves no room for those of "

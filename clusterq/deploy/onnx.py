@@ -11,9 +11,9 @@ where a sum of two tensors lies on a rounding boundary. On processors without VN
 of two products beyond 16 bits: weights of up to 6 bits have room, wider ones only beside activations of up to 7 bits
 stored as UINT8. A convolution whose result leaves the network without a quantizer is computed in floating point from
 the same numbers. `target="tensorrt"` writes them for TensorRT: INT8 with zero point 0 alone, a Clip of values in place
-of one of codes, biases in float32 (`clusterq.deploy._onnx_tensorrt`); `QuantizationConfig.int8_symmetric` makes networks
-that fit. TensorRT itself was not run here. onnxruntime takes the same file, and computes layers in floating point where
-a Clip follows. The rest is about scheme paper.
+of one of codes, biases in float32 (`clusterq.deploy._onnx_tensorrt`); `QuantizationConfig.int8_symmetric` makes
+networks that fit. TensorRT itself was not run here. onnxruntime takes the same file, and computes layers in floating
+point. The rest is about scheme paper.
 
 Runtimes compute a convolution in integers where it lies between DequantizeLinear and QuantizeLinear; onnxruntime then
 rounds its bias to whole multiples of `input scale * weight scale`. BatchNorm and sums in floating point prevent it:
@@ -44,7 +44,7 @@ from clusterq.method import Result
 from clusterq.nn.folding import integer_norm_of
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
-from clusterq.qat.prepare import prepared_with
+from clusterq.qat.prepare import prepared_with, report
 
 Operators = Literal["qdq", "integer"]
 Target = Literal["onnxruntime", "tensorrt"]
@@ -179,7 +179,7 @@ def build(
     if target == "tensorrt":
         from clusterq.deploy._onnx_tensorrt import check_fits
 
-        check_fits(grids)
+        check_fits(grids[row.name] for row in report(model) if row.activation_bits is not None)
     program = capture(twin, example_input, decompose=True)
     signature = program.graph_signature
     names: dict[str, str] = {
