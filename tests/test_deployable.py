@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import clusterq
 from clusterq import checkpoint
 from clusterq.config import ClusterQConfig, FinetuneConfig, QuantizationConfig, preset
 from clusterq.errors import ModelError
-from clusterq.nn.layers import QuantizedConv2d
+from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, set_quantization
 from clusterq.qat.calibrate import calibrate
 from clusterq.qat.finetune import finetune
@@ -85,6 +86,39 @@ def test_widths_are_settings():
     assert widths(prepare(randomise(Residual()), own))["mean_quantizer"] == 8
     with pytest.raises(ValueError, match=r"input_quantiser.*input_quantizer"):
         prepare(randomise(Residual()), QuantizationConfig(scheme="deploy", layer_bits={"input_quantiser": 8}))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("settings", [{}, {"learned_scale": False, "activation_range": "ema"}])
+def test_symmetric_int8(network: type[nn.Module], settings: dict[str, Any]):
+    """Every code has its place in an INT8 around 0; widths are those of always, except 7 for 8 of one sign."""
+    for bits in (3, 8):
+        config = replace(CONFIG, weight_bits=bits, activation_bits=bits, **settings)
+        plain, twin = (prepare(randomise(network()), replace(config, int8_symmetric=on)) for on in (False, True))
+        calibrate(twin, X)
+        usual, found = widths(plain), widths(twin)
+        assert list(found) == list(usual)
+        signs = set()
+        for name, module in twin.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                _, zero, low, high = module.qparams()
+                assert not bool(zero.any()) and low >= -128 and high <= 127, name
+                assert module.bits == found[name] == min(usual[name], 7 if module.non_negative else 8), name
+                half = 2 ** (module.bits - 1)
+                assert (low, high) == ((0, 2 * half - 1) if module.non_negative else (-half, half - 1)), name
+                signs.add(module.non_negative)
+            if isinstance(module, (QuantizedConv2d, QuantizedLinear)):
+                _, zero, low, high = module.weight_quantizer.qparams(module.weight)
+                assert not bool(zero.any()) and high == 2 ** (bits - 1) - 1, name
+        assert signs == {False, True}
+
+
+def test_symmetric_int8_and_other_widths():
+    config = replace(CONFIG, int8_symmetric=True, layer_bits={"relu": 8, "relu_1": 5, "input_quantizer": 8})
+    found = widths(prepare(randomise(Residual()), config))
+    assert (found["relu"], found["relu_1"], found["input_quantizer"]) == (7, 5, 8)
+    paper = prepare(randomise(Residual()), QuantizationConfig(scheme="paper", activation_bits=8, int8_symmetric=True))
+    assert set(widths(paper).values()) == {7}
 
 
 def test_signs_are_known():
@@ -331,9 +365,10 @@ class _Source:
 
 
 @pytest.mark.parametrize("network", [Residual, Inverted])
-def test_fine_tuning(network: type[nn.Module]):
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, int8_symmetric=True)], ids=["deploy", "int8_symmetric"])
+def test_fine_tuning(network: type[nn.Module], config: QuantizationConfig):
     net = randomise(network())
-    twin = prepare(net, CONFIG)
+    twin = prepare(net, config)
     calibrate(twin, X)
     before = {n: p.detach().clone() for n, p in twin.named_parameters()}
     steps = FinetuneConfig(steps=40, batch_size=8, augment=False, temperature=1.0, lr=5e-3)
@@ -352,9 +387,10 @@ def test_ranges_from_the_first_training_batch():
     assert all(m.observations == 1 for m in twin.modules() if isinstance(m, ActivationQuantizer))
 
 
-def test_checkpoint(tmp_path: Path):
-    config = ClusterQConfig(quantization=CONFIG)
-    twin = prepare(randomise(Residual()), CONFIG)
+@pytest.mark.parametrize("settings", [{}, {"int8_symmetric": True, "activation_bits": 8}])
+def test_checkpoint(settings: dict[str, Any], tmp_path: Path):
+    config = ClusterQConfig(quantization=replace(CONFIG, **settings))
+    twin = prepare(randomise(Residual()), config.quantization)
     calibrate(twin, X)
     checkpoint.save(twin, tmp_path / "net", config=config, input_shape=(3, 16, 16))
     loaded = checkpoint.load(tmp_path / "net", Residual())

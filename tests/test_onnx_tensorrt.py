@@ -262,7 +262,7 @@ def test_codes_that_do_not_fit(settings: dict[str, Any], message: str, tmp_path:
 def test_what_belongs_elsewhere(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 16, 16)
     twin = made(randomise(Residual()), x, int8_symmetric=True)
-    paper = prepare(randomise(Residual()), QuantizationConfig(int8_symmetric=True))
+    paper = prepare(randomise(Residual()), QuantizationConfig(scheme="paper", int8_symmetric=True))
     calibrate(paper, x)
     cases: list[tuple[nn.Module, dict[str, Any], str]] = [
         (twin, {"target": "tensorflow"}, "target is 'tensorflow'; wanted onnxruntime or tensorrt"),

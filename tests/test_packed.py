@@ -125,7 +125,15 @@ class Folded(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("settings", [{}, {"weight_bits": 8, "weight_symmetric": True}, {"learned_scale": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"weight_bits": 8, "weight_symmetric": True},
+        {"learned_scale": False},
+        {"activation_bits": 8, "int8_symmetric": True},
+    ],
+)
 def test_scheme_deploy(settings: dict[str, Any], tmp_path: Path) -> None:
     """Folded BatchNorm and biases are stored as the twin computes with them; channels that are constants as such."""
     twin = twin_of(Folded(), scheme="deploy", **settings)
