@@ -68,7 +68,8 @@ class QuantizationConfig:
         int8_symmetric: only codes that an INT8 with zero point 0 holds, as TensorRT takes them: both settings above,
             and what would have 8 bits and is never negative has 7 (codes 0 to 127). A setting of its own, as no choice
             of the others gives that: widths follow from what reads a tensor, not from its sign. And not a scheme, for
-            it leaves open what is quantized. See `target` of `clusterq.export_onnx`.
+            it leaves open what is quantized. See `target` of `clusterq.export_onnx`, which takes weights with zero
+            points too: at 3 bits and less these are better, with `activation_symmetric` and `sum_bits` 7 instead.
         correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.

@@ -232,6 +232,16 @@ def test_zero_points_of_narrow_tensors_are_taken_off(tmp_path: Path) -> None:
     check_structure(tmp_path / "model.onnx")
 
 
+def test_weights_with_zero_points(tmp_path: Path) -> None:
+    """The settings that fit without `int8_symmetric`: 8 bits for the image alone, around 0."""
+    x = torch.randn(8, 3, 16, 16)
+    for network in (Residual, Inverted, Dense):
+        twin = made(randomise(network()), x, weight_bits=3, activation_bits=3, sum_bits=7, activation_symmetric=True)
+        assert any(bool(m.zero_point.any()) for m in twin.modules() if isinstance(m, clusterq.nn.WeightQuantizer))
+        check_numbers(twin, x, tmp_path)
+        check_structure(tmp_path / "model.onnx")
+
+
 def test_a_range_that_began_at_zero(tmp_path: Path) -> None:
     """Calibrated on what was never negative, with zero point 0, a tensor of both signs is cut off at 0 all the same."""
     x = torch.rand(8, 3, 16, 16)
