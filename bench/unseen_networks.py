@@ -140,7 +140,9 @@ def main() -> None:
     kinds = {kind.name: kind for kind in train.KINDS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="of weights and of the images to measure on")
-    parser.add_argument("--networks", nargs="+", choices=kinds, default=list(kinds), metavar="NAME", help=str(set(kinds)))
+    parser.add_argument(
+        "--networks", nargs="+", choices=kinds, default=list(kinds), metavar="NAME", help=str(set(kinds))
+    )
     parser.add_argument("--schemes", nargs="+", choices=get_args(Scheme), default=list(get_args(Scheme)))
     parser.add_argument("--data", type=Path, help="CIFAR-10's test images; default: $CLUSTERQ_DATA/cifar10/...")
     parser.add_argument("--threads", type=int, default=1)

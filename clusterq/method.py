@@ -275,6 +275,7 @@ class ClusterQ:
                 metrics = qat.finetune(
                     student, self.teacher.model, source, finetune, seed=config.seed, progress=progress,
                     on_step=on_step, state=trained, after_step=after_step, processes=self.processes,
+                    fill=self.teacher.input_range.center,
                 )  # fmt: skip
             except DivergenceError as error:
                 raise _located(error, student, source) from error

@@ -58,6 +58,7 @@ def finetune(
     state: Mapping[str, Any] | None = None,
     after_step: AfterStep | None = None,
     processes: Processes | None = None,
+    fill: float = 0.0,
 ) -> list[dict[str, float]]:
     """Trains the student in place for `config.steps` steps and leaves it in evaluation mode.
 
@@ -73,6 +74,7 @@ def finetune(
         after_step: called after each step with a function that gives such a state.
         processes: that share the images of every step, one share each. All call this at the same time; the first one's
             student is what all begin with, and gradients, losses and EMA ranges are those of the images of all.
+        fill: value of the pixels that move into an image when the augmentation shifts it.
 
     Returns one dictionary per step: `step`, the terms `kd` and `ce` in use, `loss`, and with a teacher in use
     `agreement`, the fraction of images to which both networks give the same class.
@@ -81,7 +83,7 @@ def finetune(
         DivergenceError: a loss became NaN or infinite; names the first step and term.
         CheckpointError: `state` does not fit.
     """
-    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes)
+    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes, fill=fill)
     if state is not None:
         with restoring():
             run.load_state_dict(state)
@@ -117,7 +119,9 @@ class Finetuner:
         seed: int,
         on_step: OnStep | None = None,
         processes: Processes | None = None,
+        fill: float = 0.0,
     ) -> None:
+        self.fill = fill
         self.processes = processes or Processes()
         self.processes.equalise_(student)
         self.student = student
@@ -164,7 +168,7 @@ class Finetuner:
         images, labels = self.source.batch(self.step)
         images = images.detach()
         if config.augment:
-            images = random_crop_and_flip(images, self._random, self.processes)
+            images = random_crop_and_flip(images, self._random, self.processes, self.fill)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr_factor"] * self._rate * learning_rate(config, self.step)
         with bfloat16_autocast(self._device, config.autocast):
@@ -234,8 +238,10 @@ def width_factor(quantization: QuantizationConfig) -> float:
     return float(min(2.0, 2.0 ** (4 - (quantization.weight_bits + quantization.activation_bits) / 2)))
 
 
-def random_crop_and_flip(images: Tensor, generator: torch.Generator, processes: Processes | None = None) -> Tensor:
-    """Each image shifted by up to 1/8 of its size each way, zeros moving in, and mirrored left to right half the time.
+def random_crop_and_flip(
+    images: Tensor, generator: torch.Generator, processes: Processes | None = None, fill: float = 0.0
+) -> Tensor:
+    """Each image shifted by up to 1/8 of its size each way, `fill` moving in, and mirrored left to right half the time.
 
     Images [N, C, H, W] -> the same shape; every image draws its own shift and flip from `generator`, which is on the
     device of the images. 1/8 is the padding of 4 at 32 pixels of He et al. 2015, section 4.2. Of `processes` each gives
@@ -245,7 +251,7 @@ def random_crop_and_flip(images: Tensor, generator: torch.Generator, processes: 
     count, channels, height, width = images.shape
     device, total = images.device, count * processes.size
     pad_h, pad_w = max(1, height // 8), max(1, width // 8)
-    padded = functional.pad(images, (pad_w, pad_w, pad_h, pad_h))
+    padded = functional.pad(images, (pad_w, pad_w, pad_h, pad_h), value=fill)
     rows = processes.rows(total)
     top = torch.randint(0, 2 * pad_h + 1, (total, 1), generator=generator, device=device)[rows]
     left = torch.randint(0, 2 * pad_w + 1, (total, 1), generator=generator, device=device)[rows]

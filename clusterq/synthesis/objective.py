@@ -18,6 +18,24 @@ from clusterq.synthesis.centroid_bank import CentroidBank
 from clusterq.synthesis.losses import ClassStatistics, class_slots, correct_mask, diversity_targets, to_spread
 from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
 
+# Guards of the arithmetic, not settings. The losses are printed in the absolute units of each layer's input, which
+# mean nothing: a layer's weights may be a thousand times as large with the same outputs. As long as a layer's deviation
+# lies between these two numbers its statistics are taken as they are, beyond them as if it were the nearer of the two.
+_SMALLEST_DEVIATION, _LARGEST_DEVIATION = 0.1, 4.0
+
+
+def statistics_unit(teacher: Teacher) -> Tensor | None:
+    """[D] what the statistics of every channel are measured in, the same for all channels of a layer; None: all in 1.
+
+    A layer's deviation is the root of the mean of `running_var + eps` over its channels.
+    """
+    squares = torch.split(teacher.running_var.double() + teacher.eps.double(), list(teacher.channels))
+    deviations = torch.stack([part.mean() for part in squares]).sqrt().cpu()
+    units = deviations / deviations.clamp(_SMALLEST_DEVIATION, _LARGEST_DEVIATION)
+    if bool((units == 1).all()):
+        return None
+    return units.float().repeat_interleave(torch.tensor(teacher.channels)).to(teacher.device)
+
 
 @dataclass(frozen=True)
 class LossTerms:
@@ -56,12 +74,14 @@ class SynthesisObjective:
         self.config = config
         self.processes = processes or Processes()
         device = teacher.device
+        self._unit = statistics_unit(teacher)
+        mean, var = self._in_units(teacher.running_mean, teacher.running_var)
         self.first_layer = semantic_start(teacher.num_layers, config.semantic_start)
         self._offset = sum(teacher.channels[: self.first_layer])
         self._targets = AlignmentTargets(
             teacher.channels,
-            teacher.running_mean,
-            teacher.running_var,
+            mean,
+            var,
             reduction=config.bns_reduction,
             spread=config.spread,
             weight=config.bns_weight,
@@ -69,13 +89,14 @@ class SynthesisObjective:
             class_reduction=config.class_reduction,
         )
         semantic = teacher.channels[self.first_layer :]
-        running_mean, running_var = teacher.running_mean[self._offset :], teacher.running_var[self._offset :]
+        running_mean, running_var = mean[self._offset :], var[self._offset :]
         running_spread = to_spread(running_var, config.spread)
         self._noise_scale: Tensor | float = to_spread(running_var, "std") if config.noise_relative else 1.0
         # Coordinates of `nearest`: units of each channel's own deviation, every layer with the same total weight.
         width = torch.tensor(semantic)
         share = (1 / (len(semantic) * width)).repeat_interleave(width).to(device)
-        norm = torch.sqrt(share / (running_var + teacher.eps[self._offset :]))
+        _, eps = self._in_units(mean, teacher.eps)
+        norm = torch.sqrt(share / (running_var + eps[self._offset :]))
         self._center = torch.cat([running_mean, running_spread])
         self._scale = torch.cat([norm, norm])
         self._noise = torch.Generator(device).manual_seed(seed)
@@ -97,8 +118,7 @@ class SynthesisObjective:
         With a temperature T the cross-entropy (8) is taken of logits / T and carries T^2, as distillation does.
         """
         config = self.config
-        with self.autocast():
-            output = self.teacher(images)
+        output = self._look(images)
         own = labels[self.processes.rows(len(labels))]
         share = self.processes.share(len(labels))
         ce = F.cross_entropy(output.logits.float() / temperature, own) * temperature**2 * share
@@ -117,6 +137,18 @@ class SynthesisObjective:
         terms["label_accuracy"] = correct.float().mean() * share
         return LossTerms(total, terms, statistics)
 
+    def _look(self, images: Tensor) -> TeacherOutput:
+        """The teacher's forward pass, its statistics in units of their layers."""
+        with self.autocast():
+            output = self.teacher(images)
+        mean, var = self._in_units(output.mean, output.var)
+        return TeacherOutput(output.logits, mean, var)
+
+    def _in_units(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        if self._unit is None:
+            return mean, var
+        return mean / self._unit, var / self._unit.square()
+
     def update_centroids(self, terms: LossTerms) -> None:
         """Moving average of the centroids (5) with the statistics of an evaluation; after its backward pass."""
         if self.bank is not None and terms.statistics is not None:
@@ -129,8 +161,7 @@ class SynthesisObjective:
             return
         rows = []
         for images, labels in batches:
-            with self.autocast():
-                output = self.teacher(images)
+            output = self._look(images)
             correct = correct_mask(output.logits, labels)
             if self.config.assignment == "label":
                 correct = torch.ones_like(correct)

@@ -73,12 +73,13 @@ def initial_images(recipe: ImageRecipe, shape: tuple[int, int, int, int], random
     return images
 
 
-def shifted(images: Tensor, shift: int, random: torch.Generator) -> Tensor:
-    """Images [N, C, H, W], all moved by the same random number of pixels, zeros moving in, and mirrored half the time.
+def shifted(images: Tensor, shift: int, random: torch.Generator, fill: float = 0.0) -> Tensor:
+    """Images [N, C, H, W], all moved by the same random number of pixels and mirrored half the time.
 
+    Pixels of value `fill` move in.
     Draws from `random`, a generator on the CPU; differentiable.
     """
     height, width = images.shape[2:]
     top, left = (int(torch.randint(0, 2 * shift + 1, (), generator=random)) for _ in range(2))
-    moved = functional.pad(images, (shift,) * 4)[:, :, top : top + height, left : left + width]
+    moved = functional.pad(images, (shift,) * 4, value=fill)[:, :, top : top + height, left : left + width]
     return moved.flip(3) if bool(torch.rand((), generator=random) < 0.5) else moved

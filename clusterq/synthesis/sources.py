@@ -176,7 +176,7 @@ class GeneratorSource:
         with self.objective.autocast():
             images: Tensor = self.generator(noise, labels)
         self.generator.train()
-        return images.to(self.teacher.dtype)
+        return self.teacher.input_range.apply(images.to(self.teacher.dtype))
 
     def _train_step(self) -> tuple[Tensor, Tensor]:
         labels = balanced_labels(self.config.batch_size, self.teacher.num_classes, self._random)
@@ -186,7 +186,7 @@ class GeneratorSource:
         with torch.enable_grad():
             with self.objective.autocast():
                 images = self.generator(noise[rows], labels[rows])
-            images = images.to(self.teacher.dtype)
+            images = self.teacher.input_range.apply(images.to(self.teacher.dtype))
             terms = self.objective(images, labels, use_classes=self.step >= self.config.warmup_steps)
             self._optimizer.zero_grad()
             terms.total.backward()  # type: ignore[no-untyped-call]
@@ -274,7 +274,7 @@ class BankSource:
             initial_images(recipe, (size, *teacher.input_shape), random)
             for recipe, size in zip(self.recipes, sizes, strict=True)
         ]
-        images = torch.cat(noise).to(teacher.device, teacher.dtype)
+        images = teacher.input_range.apply(torch.cat(noise).to(teacher.device, teacher.dtype))
         labels = balanced_labels(config.num_images, teacher.num_classes, random).to(teacher.device)
         self._stored = StoredImages(images, labels, batch_size or config.batch_size, seed, self.processes)
         self._shifts = torch.Generator().manual_seed(_stream(seed, _SHIFT_STREAM))
@@ -282,7 +282,10 @@ class BankSource:
         self._chunks = images.tensor_split(parts)
         self._own = [chunk[self.processes.rows(len(chunk))].requires_grad_() for chunk in self._chunks]
         self._chunk_labels = labels.tensor_split(parts)
-        self._optimizers = [torch.optim.Adam([own], lr=config.image_lr) for own in self._own]
+        self._rate = config.image_lr * teacher.input_range.scale
+        # As on the noise itself: gradients to it are `scale` times those to the images.
+        eps = 1e-8 / teacher.input_range.scale
+        self._optimizers = [torch.optim.Adam([own], lr=self._rate, eps=eps) for own in self._own]
         self._log = MetricLog("image synthesis", processes=self.processes)
         self.step = 0
 
@@ -320,12 +323,12 @@ class BankSource:
         optimizer = self._optimizers[part]
         if self.config.image_schedule == "cosine":
             phase = math.pi * round_ / self.config.image_steps
-            optimizer.param_groups[0]["lr"] = self.config.image_lr * 0.5 * (1 + math.cos(phase))
+            optimizer.param_groups[0]["lr"] = self._rate * 0.5 * (1 + math.cos(phase))
         recipe = self.recipes[part]
         with torch.enable_grad():
             images = self._own[part]
             if recipe.shift:
-                images = shifted(images, recipe.shift, self._shifts)
+                images = shifted(images, recipe.shift, self._shifts, self.teacher.input_range.center)
             terms = self.objective(
                 images,
                 self._chunk_labels[part],

@@ -8,6 +8,7 @@ the depth of the network, and the deep ("semantic") layers are the last columns.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from clusterq.errors import ModelError
 from clusterq.models import zero_image_logits
 from clusterq.nn.statistics import replace_batch_norm
+from clusterq.synthesis.input_range import InputRange, find_input_range
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class Teacher:
         self.running_mean = torch.cat([_remembered(layer.module.running_mean) for layer in layers])
         self.running_var = torch.cat([_remembered(layer.module.running_var) for layer in layers])
         self.eps = torch.cat([torch.full(layer.mean.shape[1:], layer.module.eps) for layer in layers]).to(self.device)
+
+    @functools.cached_property
+    def input_range(self) -> InputRange:
+        """Where the network's images lie, told from its first BatchNorm layer; found when it is first asked for."""
+        return find_input_range(self)
 
     @property
     def num_layers(self) -> int:
