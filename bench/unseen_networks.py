@@ -28,17 +28,17 @@ from typing import Any, get_args
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "unseen"))
-import train  # noqa: E402
+import train
 
-from clusterq import qat  # noqa: E402
-from clusterq.config import ClusterQConfig, QuantizationConfig, Scheme, preset  # noqa: E402
-from clusterq.data import EvaluationSet, evaluate, open_for  # noqa: E402
-from clusterq.method import ClusterQ  # noqa: E402
-from clusterq.models import LoadedModel, load_model  # noqa: E402
-from clusterq.settings import override  # noqa: E402
-from clusterq.synthesis.stored import subset  # noqa: E402
-from clusterq.versions import machine, now, versions  # noqa: E402
-from clusterq.widths import Width  # noqa: E402
+from clusterq import qat
+from clusterq.config import ClusterQConfig, QuantizationConfig, Scheme, preset
+from clusterq.data import EvaluationSet, evaluate, open_for
+from clusterq.method import ClusterQ
+from clusterq.models import LoadedModel, load_model
+from clusterq.settings import override
+from clusterq.synthesis.stored import subset
+from clusterq.versions import machine, now, versions
+from clusterq.widths import Width
 
 NETWORKS = Path(__file__).resolve().parent / "unseen" / "networks.py"
 WIDTHS = ("W4A4", "W3A3")
@@ -123,7 +123,7 @@ def measure(kind: train.Kind, folder: Path, config: ClusterQConfig, schemes: tup
 def render(record: dict[str, Any]) -> str:
     """A table in Markdown."""
     lines = [
-        "| network | input | classes | FP32 | scheme | bits | rounded | calibrated | ClusterQ | time, images + student |",
+        "| network | input | classes | FP32 | scheme | bits | rounded | calibrated | ClusterQ | images + student |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for found in record["networks"].values():

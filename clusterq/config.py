@@ -65,11 +65,10 @@ class QuantizationConfig:
         gradient: straight-through estimator of the not-learned quantizers.
         weight_symmetric, activation_symmetric: zero point fixed at the middle of the code range. Weights of 8 bits in
             scheme deploy always have it: without it codes less their zero point would not fit an int8.
-        int8_symmetric: only codes that an INT8 with zero point 0 holds, as TensorRT takes them: both settings above,
-            and what would have 8 bits and is never negative has 7 (codes 0 to 127). A setting of its own, as no choice
-            of the others gives that: widths follow from what reads a tensor, not from its sign. And not a scheme, for
-            it leaves open what is quantized. See `target` of `clusterq.export_onnx`, which takes weights with zero
-            points too: at 3 bits and less these are better, with `activation_symmetric` and `sum_bits` 7 instead.
+        int8_symmetric: only activations that an INT8 with zero point 0 holds, as TensorRT takes them:
+            `activation_symmetric`, and what would have 8 bits and is never negative has 7 (codes 0 to 127). A setting
+            of its own, as no choice of the others gives that: widths follow from what reads a tensor, not from its
+            sign. Weights keep their zero points, which `clusterq.export_onnx(target="tensorrt")` takes off the codes.
         correct_batch_norm: when ranges are set, change the frozen BatchNorm statistics so that quantization moves
             neither mean nor variance of what BatchNorm puts out.
         range_momentum: weight of the old value in the EMA of `activation_range="ema"`.
@@ -145,6 +144,10 @@ class SynthesisConfig:
         diversity_weight: alpha3, weight of diversity enhancement (6).
         bns_reduction, class_reduction: `"sum"` over channels, classes and layers as printed in the paper, or `"mean"`.
         spread: compare standard deviations (paper) or variances.
+        deviation_limits: as long as the deviation of a layer's input lies within them, its statistics enter the losses
+            as they are, beyond them as if it were the nearer of the two: the absolute units of the published losses
+            mean nothing, for a layer's weights may be a thousand times as large with the same outputs. None: as
+            published.
         decay: weight of the old value in the EMA of the centroids (5); the paper's beta is 1 - decay.
         noise_mean, noise_spread: standard deviation of the diversity targets around a centroid (6).
         noise_relative: scale both by each channel's own BN standard deviation instead of absolute units.
@@ -181,6 +184,7 @@ class SynthesisConfig:
     bns_reduction: Reduction = "sum"
     class_reduction: Reduction = "mean"
     spread: Spread = "std"
+    deviation_limits: tuple[Positive, Positive] | None = (0.1, 4.0)
     decay: Momentum = 0.8
     noise_mean: Weight = 0.5
     noise_spread: Weight = 1.0
@@ -191,10 +195,10 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "synthesis")
-        for name in ("roughness", "contrast", "ce_temperature"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"synthesis.{name} is {low, high}; wanted the lower end first")
+        for name in ("roughness", "contrast", "ce_temperature", "deviation_limits"):
+            ends = getattr(self, name)
+            if ends is not None and ends[0] > ends[1]:
+                raise ValueError(f"synthesis.{name} is {ends}; wanted the lower end first")
 
     @property
     def uses_centroids(self) -> bool:
@@ -370,6 +374,7 @@ def preset(name: str) -> ClusterQConfig:
         bns_weight=0.1,
         bns_reduction="sum" if paper else "mean",
         spread="std" if paper else "var",
+        deviation_limits=None,
         class_reduction="sum",
         alignment_weight=0.9 if paper else 0.0,
         diversity_weight=0.6 if paper else 0.0,

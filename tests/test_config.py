@@ -71,6 +71,7 @@ BAD = {
         "bns_reduction": ["none"],
         "class_reduction": ["batchmean"],
         "spread": ["variance"],
+        "deviation_limits": [(2.0, 1.0), (0.0, 1.0), (1.0,), 0.5],
         "decay": [1.0, -0.5],
         "noise_mean": [-1.0],
         "noise_spread": [-1.0],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clusterq.config import SynthesisConfig
+from clusterq.config import SynthesisConfig, preset
 from clusterq.method import ClusterQ
 from clusterq.qat import random_crop_and_flip
 from clusterq.synthesis import BankSource, GeneratorSource, SynthesisObjective, Teacher
@@ -163,7 +163,12 @@ def test_the_size_of_a_layers_weights_does_not_decide_its_weight_in_the_loss(spr
     """Beyond the range in which statistics are taken as they are; within it the loss is the printed one."""
     plain = remember(network(), natural())
     teacher = Teacher(plain, SHAPE)
-    assert statistics_unit(teacher) is None
+    limits = FAST.deviation_limits
+    assert statistics_unit(teacher, limits) is None
+    large = Teacher(scaled(plain, 2.0**10), SHAPE)
+    # `paper` and `gdfq` keep the losses as printed.
+    assert statistics_unit(large, limits) is not None and statistics_unit(large, None) is None
+    assert preset("paper").synthesis.deviation_limits is preset("gdfq").synthesis.deviation_limits is None
     images, labels = natural(8, seed=3), torch.arange(8) % 4
     config = replace(FAST, spread=spread, alignment_weight=1.0, warmup_steps=1)
     totals, gradients = [], []

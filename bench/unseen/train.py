@@ -7,6 +7,7 @@ train and of those that measure are different ones.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,7 @@ class Killer:
     def __init__(self, network: nn.Module) -> None:
         self.channels: list[tuple[nn.Conv2d, _BatchNorm, Tensor, Tensor]] = []
         modules = list(network.modules())
-        for conv, norm in zip(modules, modules[1:], strict=False):
+        for conv, norm in itertools.pairwise(modules):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                 dead = norm.weight.detach().abs().argsort()[: round(DEAD * len(norm.weight))]
                 constant = round(CONSTANT * len(dead))

@@ -255,7 +255,7 @@ class _Conversion:
             len(module.weight),
             mode="learned" if config.learned_scale else "live",
             method=config.weight_range,
-            symmetric=config.weight_symmetric or config.int8_symmetric or int8,
+            symmetric=config.weight_symmetric or int8,
             gradient=config.gradient,
             narrow=int8,
         )

@@ -18,20 +18,18 @@ from clusterq.synthesis.centroid_bank import CentroidBank
 from clusterq.synthesis.losses import ClassStatistics, class_slots, correct_mask, diversity_targets, to_spread
 from clusterq.synthesis.teacher import Teacher, TeacherOutput, semantic_start
 
-# Guards of the arithmetic, not settings. The losses are printed in the absolute units of each layer's input, which
-# mean nothing: a layer's weights may be a thousand times as large with the same outputs. As long as a layer's deviation
-# lies between these two numbers its statistics are taken as they are, beyond them as if it were the nearer of the two.
-_SMALLEST_DEVIATION, _LARGEST_DEVIATION = 0.1, 4.0
 
-
-def statistics_unit(teacher: Teacher) -> Tensor | None:
+def statistics_unit(teacher: Teacher, limits: tuple[float, float] | None) -> Tensor | None:
     """[D] what the statistics of every channel are measured in, the same for all channels of a layer; None: all in 1.
 
-    A layer's deviation is the root of the mean of `running_var + eps` over its channels.
+    A layer's deviation is the root of the mean of `running_var + eps` over its channels. In these units it lies within
+    the limits; see `deviation_limits` of `clusterq.config.SynthesisConfig`.
     """
+    if limits is None:
+        return None
     squares = torch.split(teacher.running_var.double() + teacher.eps.double(), list(teacher.channels))
     deviations = torch.stack([part.mean() for part in squares]).sqrt().cpu()
-    units = deviations / deviations.clamp(_SMALLEST_DEVIATION, _LARGEST_DEVIATION)
+    units = deviations / deviations.clamp(*limits)
     if bool((units == 1).all()):
         return None
     return units.float().repeat_interleave(torch.tensor(teacher.channels)).to(teacher.device)
@@ -74,7 +72,7 @@ class SynthesisObjective:
         self.config = config
         self.processes = processes or Processes()
         device = teacher.device
-        self._unit = statistics_unit(teacher)
+        self._unit = statistics_unit(teacher, config.deviation_limits)
         mean, var = self._in_units(teacher.running_mean, teacher.running_var)
         self.first_layer = semantic_start(teacher.num_layers, config.semantic_start)
         self._offset = sum(teacher.channels[: self.first_layer])
