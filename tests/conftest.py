@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +16,18 @@ def pytest_addoption(parser):
         action="store_true",
         help="every test as with the fixture `poisoned`",
     )
+
+
+def pytest_runtest_setup(item):
+    root = Path(__file__).resolve().parent.parent
+    for marker in item.iter_markers("checkout"):
+        absent = [name for name in marker.args if not (root / name).exists()]
+        # In a checkout, a file that is absent is a failure.
+        if absent and not (root / ".git").exists():
+            pytest.skip(f"a test of the checkout: {' and '.join(absent)} not beside tests/")
+    compilers = (os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++")
+    if item.get_closest_marker("compiler") and not any(name and shutil.which(name) for name in compilers):
+        pytest.skip("no C++ compiler")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -489,6 +489,7 @@ def test_processes_end_with_the_first_one_when_it_is_killed(tmp_path: Path) -> N
         time.sleep(0.1)
 
 
+@pytest.mark.checkout("examples")
 def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     few = ["synthesis.num_images=20", "synthesis.batch_size=20", "synthesis.image_steps=2", "finetune.batch_size=10"]

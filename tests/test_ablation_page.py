@@ -22,6 +22,7 @@ from clusterq.errors import DataError
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "ablations"
 PAGE = ROOT / "docs" / "results.md"
+pytestmark = pytest.mark.checkout("bench", "docs")
 
 
 @pytest.fixture

@@ -205,6 +205,7 @@ def test_parsers_that_are_not_installed(tmp_path: Path, monkeypatch: pytest.Monk
         _read(tmp_path, BASE, "t.json")
 
 
+@pytest.mark.checkout("bench")
 def test_table_of_the_class_terms_can_be_read() -> None:
     read = read_table(ROOT / "bench" / "ablations" / "cifar10_terms.toml")
     synthesis = [row.config.synthesis for row in read.rows]

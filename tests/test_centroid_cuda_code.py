@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 from test_cuda_build import ARCHITECTURES, assert_wide, compiled_all
 
+pytestmark = pytest.mark.checkout("csrc")
+
 # Kernels in each file, and most registers: 168 are three blocks of 128 threads on a multiprocessor.
 SOURCES = {
     "centroids_prepare.cu": (6, 64),

@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(ROOT.glob("csrc/**/*.cpp"))
+pytestmark = pytest.mark.checkout("csrc")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")

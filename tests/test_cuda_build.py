@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.checkout("csrc")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # The ones that stream whole activations, forward and backward; the others share their walk.
 SOURCES = ("fake_quant.cu", "fake_quant_mask.cu")

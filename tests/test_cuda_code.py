@@ -17,6 +17,8 @@ from test_centroid_cuda_code import SOURCES as CENTROIDS
 from test_cuda_build import ARCHITECTURES, ROOT, assert_wide, compiled_all
 from test_statistics_cuda_code import SOURCES as STATISTICS
 
+pytestmark = pytest.mark.checkout("csrc")
+
 # Kernels in each file.
 SOURCES = {
     "fake_quant_learned.cu": 17,

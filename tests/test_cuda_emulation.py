@@ -34,6 +34,7 @@ for name in sys.argv[2:]:
         print(name)
 """
 FAMILY = sorted(OP_CASES)
+pytestmark = pytest.mark.checkout("csrc")
 
 
 @pytest.fixture(scope="module")

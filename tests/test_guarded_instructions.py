@@ -135,11 +135,13 @@ def test_the_gate_itself(name: str, instruction: tuple[str, str], allowed: bool)
     assert wrong == ({} if allowed else {name: text})
 
 
+@pytest.mark.checkout("csrc")
 def test_attributes_are_read_from_the_sources() -> None:
     found = attributed_functions(ROOT.glob("csrc/cpu/*.h"))
     assert found["forward_lanes"] == found["masked_lanes"] == "avx512" and found["forward_bfloat16"] == "avx512_bf16"
 
 
+@pytest.mark.checkout("csrc")
 def test_no_instruction_stands_outside_its_level() -> None:
     found = importlib.util.find_spec("clusterq._C")
     if found is None or found.origin is None:

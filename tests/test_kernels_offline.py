@@ -194,6 +194,7 @@ def test_compiled_code(arch, names, element, tmp_path):
         assert found["fused"] == 0, (name, found)
 
 
+@pytest.mark.checkout("kernels")
 def test_every_kernel_is_compiled_somewhere():
     """Of all three families: what the launching code names, `module.kernel[grid](...)`."""
     here = Path(__file__).parent

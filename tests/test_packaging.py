@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from clusterq.ops._build import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.checkout("csrc", "kernels", "setup.py", "ENVIRONMENT.md")
 SOURCES = (
     "clusterq",
     "csrc",
@@ -52,6 +54,39 @@ def build_wheel(checkout, out, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = out.glob("*.whl")
     return wheel
+
+
+def test_sdist_holds_what_builds_and_tests_and_nothing_built_or_measured(tmp_path):
+    folder = copy_checkout(tmp_path / "checkout")
+    for name in ("tests", "bench", "docs", "CHANGELOG.md"):
+        source, target = ROOT / name, folder / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    made = ("clusterq/_C.cpython-311-x86_64-linux-gnu.so", "clusterq/_build.json", "build/lib/clusterq/_C.so")
+    for name in (*made, "runs/demo/result.json", "tests/__pycache__/conftest.cpython-311.pyc", ".venv/x.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    code = "import sys, build_backend; print(build_backend.build_sdist(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        env={**os.environ, "CLUSTERQ_EXT": "0"}, cwd=folder, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    sdist = tmp_path / done.stdout.strip().splitlines()[-1]
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+    kinds = {"csrc": (".h", ".cpp", ".cu"), "kernels": (".py",), "tests": (".py", ".h", ".cpp", ".cu", ".json")}
+    wanted = {
+        str(path.relative_to(ROOT))
+        for top, endings in (kinds | {"clusterq": (".py", ".typed", ".safetensors")}).items()
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in endings
+    }
+    files = {"pyproject.toml", "setup.py", "build_backend.py", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert len(wanted) > 300
+    # What setuptools writes itself comes on top.
+    own = {name for name in names if name.startswith("clusterq.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - own == wanted | files
+    assert sdist.stat().st_size < 2 << 20
 
 
 def import_from_wheel(wheel, target, code):

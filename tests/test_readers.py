@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+import clusterq
 from clusterq.checkpoint import read_record
 from clusterq.data import open_data
 from clusterq.errors import CheckpointError, DataError, ModelError
@@ -388,7 +389,7 @@ def test_names_of_networks_do_not_reach_elsewhere(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_unsafe_loader_is_used() -> None:
-    package = Path(__file__).resolve().parent.parent / "clusterq"
+    package = Path(clusterq.__file__).resolve().parent
     loads = 0
     for path in package.rglob("*.py"):
         text = path.read_text()

@@ -11,6 +11,8 @@ import pytest
 sys.path.insert(0, os.path.dirname(__file__))
 from test_cuda_build import ARCHITECTURES, assert_wide, compiled_all
 
+pytestmark = pytest.mark.checkout("csrc")
+
 # Kernels in each file.
 SOURCES = {
     "bn_stats_planes.cu": 24,
