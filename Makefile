@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: demo test test-pure test-interpret test-old-torch sanitize fuzz soak lint format bench build clean
+.PHONY: demo test test-pure test-interpret test-old-torch test-wheel sanitize fuzz soak lint format bench build clean
 
 demo: .venv/.installed
 	$(BIN)/clusterq demo --output runs/demo
@@ -28,6 +28,11 @@ test-interpret: .venv/.installed
 # The library built against the torch of .venv, loaded in an older torch.
 test-old-torch: .venv/.installed .venv-old/.installed
 	CLUSTERQ_OLD_PYTHON=$(CURDIR)/.venv-old/bin/python $(BIN)/pytest tests/test_stable_abi.py
+
+# The wheel of an sdist, installed in the environment of the older torch, tested without a compiler and away from this
+# checkout; WHEEL_TESTS=tests for the whole suite.
+test-wheel: .venv/.installed .venv-old/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel.py --jobs $(JOBS) .venv-old $(WHEEL_TESTS)
 
 # Op tests with the CPU kernels under the address and undefined-behaviour sanitizers of g++, on memory filled with NaN;
 # SANITIZE="tests/test_alignment.py" for others.

@@ -23,7 +23,8 @@ std::map<std::string, std::string> build_info() {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Nothing of the module changes after its import: without a GIL it needs none.
+PYBIND11_MODULE(_C, module, pybind11::mod_gil_not_used()) {
   module.doc() = "CPU kernels of clusterq";
   module.def("build_info", [] {
     pybind11::dict facts;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,14 @@ def test_items_of_a_loader_made_in_worker_processes(method: str) -> None:
 
 def test_the_interpreter_ends_during_a_kernel() -> None:
     run("daemon")
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this Python is not free-threaded")
+def test_importing_brings_no_gil_back() -> None:
+    """A module that does not say that it can do without turns the GIL on for the whole process."""
+    code = "import sys, torch\nbefore = sys._is_gil_enabled()\nimport clusterq\nprint(before, sys._is_gil_enabled())"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHON_GIL"}
+    # A warning names the module that did it.
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stdout == "False False\n", done.stdout + done.stderr

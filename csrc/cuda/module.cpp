@@ -7,7 +7,8 @@
 
 #include "ops.h"
 
-PYBIND11_MODULE(_C_cuda, module) {
+// As in csrc/module.cpp.
+PYBIND11_MODULE(_C_cuda, module, pybind11::mod_gil_not_used()) {
   module.doc() = "CUDA kernels of clusterq";
   module.def("build_info", [] {
     pybind11::dict facts;
