@@ -256,6 +256,7 @@ def test_compiles_whole(training: bool, dead: float) -> None:
     assert graphs[0] == graphs[-1] > 0, "another size was compiled again"
 
 
+@pytest.mark.compiler
 def test_inductor_compiles_a_training_step() -> None:
     torch._dynamo.reset()
     eager, traced = codebook(), codebook()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -42,6 +43,7 @@ def test_compiles_whole_with_dynamic_shapes() -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.compiler
 def test_inductor_compiles_forward_and_backward() -> None:
     scale, zero_point = torch.rand(3) + 0.1, torch.randint(0, 16, (3,))
 

@@ -238,6 +238,7 @@ def test_compiles_whole_for_any_size(name: str) -> None:
 
 
 # One per family; of the fake-quantize ops one is in test_fake_quant_registration.
+@pytest.mark.compiler
 @pytest.mark.parametrize("name", ["batch_norm_with_statistics", "nearest_centroid"])
 def test_inductor_compiles_forward_and_backward(name: str) -> None:
     """Between operations that it makes kernels of, and for an input whose strides it must hand on as they are."""

@@ -402,6 +402,7 @@ def test_no_unsafe_loader_is_used() -> None:
     assert loads == 1
 
 
+@pytest.mark.checkout("bench")
 def test_every_reader_stands_mutated_input() -> None:
     root = Path(__file__).resolve().parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root.parent)}

@@ -29,7 +29,7 @@ TESTS = [
 ]
 # What tests start besides the interpreter itself.
 TOOLS = ("bash", "sh", "env", "uname", "ls", "cat", "cp", "mv", "rm", "mkdir", "ln", "head", "tail", "grep", "sed")
-TOOLS += ("sleep", "kill", "ps", "git", "tee", "date", "timeout")
+TOOLS += ("sleep", "kill", "ps", "pgrep", "git", "tee", "date", "timeout")
 COMPILERS = ("c++", "g++", "clang++", "cc", "gcc", "clang", "nvcc", "ld")
 # Variables that bring in a checkout, a compiler, or a backend other than the one a user gets.
 LEFT_OUT = ("PYTHONPATH", "VIRTUAL_ENV", "CXX", "CC", "CUDA_HOME", "CUDA_PATH", "CLUSTERQ_BACKEND", "TRITON_INTERPRET")
@@ -105,6 +105,10 @@ def install(wheel: Path, python: Path) -> None:
     run(*pip, "uninstall", "--quiet", "--yes", "clusterq")
     run(*pip, "install", "--quiet", f"torch=={version}", f"{wheel}[test]")
     run(*pip, "check")
+    # A torch for CPUs alone, as pip finds it on some machines, cannot load the torchvision of the package index.
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode != 0:
+        run(*pip, "uninstall", "--quiet", "--yes", "torchvision")
+        print(f"wheel: torchvision is for another build than torch {version}: tests that need it skip", flush=True)
 
 
 def check_import(python: Path, place: Path, environment: dict[str, str]) -> None:
