@@ -93,24 +93,25 @@ def in_range(model: nn.Module, center: float, scale: float) -> nn.Module:
     return moved
 
 
-def test_images_of_a_scaled_network_are_the_scaled_images_bit_for_bit() -> None:
+def banks(center: float, scale: float) -> tuple[BankSource, BankSource]:
+    """Of a network and of the same one for images in another range, filled."""
     plain = remember(network("biased", padding=0), natural())
     config = replace(FAST, shifted_share=1.0)
-    banks = [BankSource(Teacher(m, SHAPE), config, seed=0) for m in (plain, in_range(plain, 0.0, 64.0))]
-    for bank in banks:
-        bank.fit()
-    assert banks[1].teacher.input_range == (0.0, 64.0)
-    assert torch.equal(banks[1].images(), 64 * banks[0].images())
+    plain_bank, bank = (BankSource(Teacher(m, SHAPE), config, seed=0) for m in (plain, in_range(plain, center, scale)))
+    plain_bank.fit()
+    bank.fit()
+    assert bank.teacher.input_range == (center, scale)
+    return plain_bank, bank
+
+
+def test_images_of_a_scaled_network_are_the_scaled_images_bit_for_bit() -> None:
+    plain, bank = banks(0.0, 64.0)
+    assert torch.equal(bank.images(), 64 * plain.images())
 
 
 def test_images_of_a_network_for_pixels_of_0_to_255() -> None:
-    plain = remember(network("biased", padding=0), natural())
-    config = replace(FAST, shifted_share=1.0)
-    banks = [BankSource(Teacher(m, SHAPE), config, seed=0) for m in (plain, in_range(plain, 128.0, 64.0))]
-    for bank in banks:
-        bank.fit()
-    assert banks[1].teacher.input_range == (128.0, 64.0)
-    torch.testing.assert_close((banks[1].images() - 128) / 64, banks[0].images(), rtol=0, atol=1e-2)
+    plain, bank = banks(128.0, 64.0)
+    torch.testing.assert_close((bank.images() - 128) / 64, plain.images(), rtol=0, atol=1e-2)
 
 
 def test_the_generator_makes_images_in_the_range() -> None:
