@@ -231,7 +231,7 @@ def test_what_stays_in_floating_point_is_named():
     with pytest.warns(UserWarning, match="has a forward of its own"):
         own = prepare(randomise(OwnForward()), CONFIG)
     calibrate(own, X)
-    assert isinstance(own.norm, QuantizedConv2d) and len(unreached(own)) == 1
+    assert isinstance(own.norm[0], QuantizedConv2d) and len(unreached(own)) == 1
     with pytest.raises(ModelError, match="first has no form in integers"):
         clusterq.deploy.run_integer(own, X)
     with pytest.warns(UserWarning, match=r"twice bias \(the layer is called on tensors of different ranges\)"):
@@ -296,11 +296,11 @@ def test_first_and_last_layer_are_layers_of_the_network():
     config = QuantizationConfig(scheme="deploy", first_layer_bits=8, last_layer_bits=7, weight_bits=3)
     rows = {row.name: row for row in report(prepare(randomise(StandIns()), config)) if row.weight_bits is not None}
     assert {name: row.weight_bits for name, row in rows.items()} == {
-        "first": 3,
+        "first.0": 3,
         "convs.0": 8,
         "convs.1": 3,
         "convs.2": 7,
-        "last": 3,
+        "last.0": 3,
     }
     assert rows["convs.0"].note == "first layer" and rows["convs.2"].note == "last layer"
 

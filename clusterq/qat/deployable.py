@@ -11,8 +11,8 @@ What `prepare` does beyond scheme paper:
   for they are rounded once more there.
 - Max pooling, flatten, slices, padding with zeros and their like keep the codes they get.
 - BatchNorm behind a layer is folded: its gain belongs to the steps of the weight, its offset becomes an int32 bias, see
-  `clusterq.nn.folding`. Its parameters stay where they were and train as before. Other BatchNorm becomes a depthwise
-  convolution of size 1.
+  `clusterq.nn.folding`. Its parameters stay where they were and train as before. Other BatchNorm gets a depthwise
+  convolution of size 1 in front of it, whose weights are 1 and stay 1, and is folded into that.
 - Biases lie on the grid of the int32 sums.
 
 The result of the network, int32 sums of its last layer, is the only thing that leaves in floating point. Whatever has
@@ -45,7 +45,7 @@ _READS_CODES = ("layer", "add", "mul", "cat", "average", "function", "moving", "
 
 
 def separate_norms(student: nn.Module) -> None:
-    """BatchNorm that cannot be folded into a layer in front of it becomes a depthwise convolution, in place.
+    """BatchNorm without a layer in front of it that it can be folded into gets a depthwise convolution, in place.
 
     Layers that are BatchNorm and activation function in one, as timm's BatchNormAct2d, become a sequence of both.
 
@@ -63,7 +63,8 @@ def separate_norms(student: nn.Module) -> None:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(norm, nn.BatchNorm2d) and norm not in folded and counts[node.target] == 1 and _plain(norm):
             owner, _, last = str(node.target).rpartition(".")
-            setattr(student.get_submodule(owner), last, _depthwise(norm))
+            both = nn.Sequential(_depthwise(norm), norm).train(norm.training)
+            setattr(student.get_submodule(owner), last, both)
 
 
 def complete(conversion: _Conversion) -> None:
@@ -148,18 +149,19 @@ def _split(norm: Any) -> nn.Module:
     return nn.Sequential(plain, norm.drop, norm.act).train(norm.training)
 
 
-@torch.no_grad()
 def _depthwise(norm: nn.BatchNorm2d) -> nn.Conv2d:
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None
+    """The identity as a convolution.
+
+    Were the gain its weight, that would train instead of gamma, and on inputs of a deviation s make steps s^2 as large.
+    """
+    mean = norm.running_mean
+    assert mean is not None
     channels = norm.num_features
-    conv = nn.Conv2d(channels, channels, 1, groups=channels, device=mean.device, dtype=mean.dtype)
-    gain = (var + norm.eps).rsqrt() * (1.0 if norm.weight is None else norm.weight)
-    assert conv.bias is not None
-    conv.weight.copy_(gain.reshape(-1, 1, 1, 1))
-    conv.bias.copy_((0.0 if norm.bias is None else norm.bias) - mean * gain)
+    conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device=mean.device, dtype=mean.dtype)
+    nn.init.ones_(conv.weight)
+    conv.weight.requires_grad_(False)
     conv.normalises = True  # type: ignore[assignment]
-    return conv.train(norm.training)
+    return conv
 
 
 def _out_of_place(node: fx.Node, places: Places) -> None:

@@ -259,6 +259,9 @@ class _Conversion:
             gradient=config.gradient,
             narrow=int8,
         )
+        if hasattr(module, "normalises"):
+            # All weights are 1, and exactly so on their grid; what trains is the BatchNorm behind it.
+            quantizer.requires_grad_(False)
         if isinstance(module, nn.Conv2d):
             self.swaps[module] = QuantizedConv2d.from_float(module, quantizer)
         else:
