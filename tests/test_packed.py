@@ -148,7 +148,7 @@ def test_scheme_deploy(settings: dict[str, Any], tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(network(x), twin(x))
     assert not bool(network.conv3.weight[1].any()) and bool(network.conv3.weight[2].any())
-    assert {name: eps for name, _, eps in packed.record.batch_norms} == {"bn1": 0.0, "bn2": 0.0}
+    assert {name: eps for name, _, eps in packed.record.batch_norms} == {"first.1": 0.0, "bn1": 0.0, "bn2": 0.0}
     assert type(network.bn2) is nn.BatchNorm2d and network.bn2.eps == 0.0
     # Whole numbers of the unit in which the products are summed.
     step = packed.numbers.activations["act"].scale * packed.numbers.weights["conv3.weight"].scale
