@@ -411,6 +411,6 @@ def test_every_reader_stands_mutated_input() -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=600, check=False)
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, [result for result in results if result["findings"]] or done.stderr[-2000:]
-    assert len(results) == 21 and all(result["inputs"] == 500 for result in results)
+    assert len(results) == 22 and all(result["inputs"] == 500 for result in results)
     # A reader that refuses everything would pass as well: only the manifest has to.
     assert {result["reader"] for result in results if result["accepted"] == 0} == {"state_manifest"}
