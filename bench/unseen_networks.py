@@ -4,7 +4,7 @@
     python bench/unseen_networks.py --render FILE
 
 Trains the networks of `unseen/networks.py` as `unseen/train.py` says, writes their weights to FOLDER (those that lie
-there are taken), makes images of each once, and quantizes it in both schemes. Accuracies are those on images that
+there are taken), makes images of each once, and quantizes it in each of --schemes. Accuracies are those on images that
 neither the training nor the method saw. Per network and width:
 
 - rounded: no training, ranges of least squared error on the synthesised images;
@@ -83,7 +83,8 @@ def student_row(method: ClusterQ, loaded: LoadedModel, data: EvaluationSet, quan
     result = method.finetune(quantization, student=student)
     seconds = result.seconds["calibration"] + result.seconds["finetune"]
     bits = str(Width(quantization.weight_bits, quantization.activation_bits))
-    return Row(quantization.scheme, bits, rounded, calibrated, evaluate(result.student, data).top1, round(seconds, 1))
+    scheme = result.config.quantization.scheme
+    return Row(scheme, bits, rounded, calibrated, evaluate(result.student, data).top1, round(seconds, 1))
 
 
 def measure(kind: train.Kind, folder: Path, config: ClusterQConfig, schemes: tuple[str, ...]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument(
         "--networks", nargs="+", choices=kinds, default=list(kinds), metavar="NAME", help=str(set(kinds))
     )
-    parser.add_argument("--schemes", nargs="+", choices=get_args(Scheme), default=list(get_args(Scheme)))
+    parser.add_argument("--schemes", nargs="+", choices=get_args(Scheme), default=["auto"])
     parser.add_argument("--data", type=Path, help="CIFAR-10's test images; default: $CLUSTERQ_DATA/cifar10/...")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -158,7 +159,7 @@ def main() -> None:
     if options.folder is None:
         parser.error("FOLDER is missing")
     archive = options.data or Path(os.environ.get("CLUSTERQ_DATA", "."), "cifar10", "cifar10_test.npz")
-    if not archive.is_file():
+    if not archive.is_file() and any(kinds[name].data == "cifar10" for name in options.networks):
         parser.error(f"{archive} is no file; set CLUSTERQ_DATA or give --data")
     torch.set_num_threads(options.threads)
     config = override(preset("default"), [*(QUICK if options.quick else []), *options.settings])

@@ -223,7 +223,8 @@ class FinetuneConfig:
         temperature: T of the distillation; the loss carries T^2.
         kd_reduction: `"batchmean"` sums the divergence over the K classes and averages over the batch; `"mean"`, GDFQ's
             form, averages over both and is K times weaker.
-        grad_clip: largest gradient norm; 0 switches clipping off.
+        grad_clip: largest gradient norm; also keeps dead filters dead (`clusterq.qat.dead_filters`); 0 switches both
+            off.
         augment: random crop (padding 4 at 32 pixels, in proportion elsewhere) and horizontal flip.
         train_batch_norm: train gamma and beta of BatchNorm; its running statistics are always frozen.
         calibration_images: images on which ranges are set before training.

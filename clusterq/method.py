@@ -275,7 +275,7 @@ class ClusterQ:
                 metrics = qat.finetune(
                     student, self.teacher.model, source, finetune, seed=config.seed, progress=progress,
                     on_step=on_step, state=trained, after_step=after_step, processes=self.processes,
-                    fill=self.teacher.input_range.center,
+                    blank=self._blank(),
                 )  # fmt: skip
             except DivergenceError as error:
                 raise _located(error, student, source) from error
@@ -301,6 +301,11 @@ class ClusterQ:
         """`synthesize`, then `finetune`."""
         self.synthesize()
         return self.finetune()
+
+    def _blank(self) -> Tensor:
+        """[1, C, H, W], an image in the middle of the network's input range."""
+        center = self.teacher.input_range.center
+        return torch.full((1, *self.teacher.input_shape), center, device=self.teacher.device, dtype=self.teacher.dtype)
 
     def _rewound_source(self) -> ImageSource:
         source = self.source or self.synthesize()

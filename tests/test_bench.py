@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clusterq import cli
 from clusterq.nn.quantizers import WeightQuantizer
@@ -481,3 +483,28 @@ def test_bars_of_the_gpu() -> None:
         ("forward+backward by size, clipped", "clusterq", "torch", 1.0, FASTER): 4,
         ("forward+backward by size, learned", "clusterq", "torch", 1.0, FASTER): 4,
     }
+
+
+def test_unseen_networks_are_trained_quantized_and_told_of(tmp_path: Path) -> None:
+    """In small, one with dead channels and one of 100 classes; a second call trains neither and keeps the first's."""
+    archive, folder, target = tmp_path / "cifar10_test.npz", tmp_path / "networks", tmp_path / "unseen.json"
+    images = np.random.default_rng(0).integers(0, 256, (8_064, 32, 32, 3), dtype=np.uint8)
+    np.savez(archive, images=images, labels=np.arange(len(images)) % 10)
+    command = [sys.executable, "unseen_networks.py", folder, "--quick", "--data", archive, "--json", target]
+    for name in ("resnet", "hundred"):
+        child = subprocess.run([*map(str, command), "--networks", name], cwd=BENCH, capture_output=True, text=True)
+        assert child.returncode == 0, child.stdout + child.stderr
+    record = json.loads(target.read_text())
+    assert list(record["networks"]) == ["resnet", "hundred"] and str(tmp_path) not in target.read_text()
+    for found, classes in zip(record["networks"].values(), (10, 100), strict=True):
+        assert found["classes"] == classes and found["images"] > 0
+        assert [(row["scheme"], row["bits"]) for row in found["rows"]] == [("deploy", "W4A4"), ("deploy", "W3A3")]
+    table = subprocess.run(
+        [sys.executable, "unseen_networks.py", "--render", str(target)], cwd=BENCH, capture_output=True, text=True
+    )
+    assert table.stdout.count("\n") == 2 + 4 and "| plain, 100 classes | 0..16 | 100 |" in table.stdout
+    state = load_file(folder / "resnet.safetensors")
+    dead = {name: int((value <= 1e-12).sum()) for name, value in state.items() if name.endswith("running_var")}
+    # A quarter of 12, 24 and 48 channels, half of them rounded down to even: the others' gain is 0.
+    assert set(dead.values()) == {2, 3, 6}
+    assert int((state["1.weight"] == 0).sum()) == 1

@@ -138,11 +138,11 @@ def test_the_student_sees_the_center_move_in(monkeypatch: pytest.MonkeyPatch) ->
     model = remember(network(), 120 + 62 * natural())
     method = ClusterQ(model, "default", input_shape=SHAPE)
     method.config = replace(method.config, synthesis=FAST, finetune=replace(method.config.finetune, steps=1))
-    fills = []
-    monkeypatch.setattr("clusterq.method.qat.finetune", lambda *a, fill, **k: fills.append(fill) or [])
+    blanks = []
+    monkeypatch.setattr("clusterq.method.qat.finetune", lambda *a, blank, **k: blanks.append(blank) or [])
     with pytest.warns(UserWarning, match="near chance"):
         method.finetune()
-    assert fills == [128.0]
+    assert len(blanks) == 1 and torch.equal(blanks[0], torch.full((1, *SHAPE), 128.0))
 
 
 def scaled(model: nn.Module, factor: float) -> nn.Module:

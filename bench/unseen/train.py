@@ -7,9 +7,9 @@ train and of those that measure are different ones.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import networks
@@ -127,8 +127,7 @@ class Killer:
 
     def __init__(self, network: nn.Module) -> None:
         self.channels: list[tuple[nn.Conv2d, _BatchNorm, Tensor, Tensor]] = []
-        modules = list(network.modules())
-        for conv, norm in itertools.pairwise(modules):
+        for conv, norm in pairwise(network.modules()):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                 dead = norm.weight.detach().abs().argsort()[: round(DEAD * len(norm.weight))]
                 constant = round(CONSTANT * len(dead))

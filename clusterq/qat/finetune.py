@@ -20,6 +20,8 @@ from clusterq.config import FinetuneConfig, QuantizationConfig
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
 from clusterq.precision import bfloat16_autocast
 from clusterq.processes import Processes
+from clusterq.qat.centering import Centering
+from clusterq.qat.dead_filters import DeadFilters
 from clusterq.qat.distill import classification_loss, distillation_loss
 from clusterq.qat.prepare import prepared_with
 from clusterq.qat.trace import evaluating
@@ -58,7 +60,7 @@ def finetune(
     state: Mapping[str, Any] | None = None,
     after_step: AfterStep | None = None,
     processes: Processes | None = None,
-    fill: float = 0.0,
+    blank: Tensor | None = None,
 ) -> list[dict[str, float]]:
     """Trains the student in place for `config.steps` steps and leaves it in evaluation mode.
 
@@ -74,7 +76,8 @@ def finetune(
         after_step: called after each step with a function that gives such a state.
         processes: that share the images of every step, one share each. All call this at the same time; the first one's
             student is what all begin with, and gradients, losses and EMA ranges are those of the images of all.
-        fill: value of the pixels that move into an image when the augmentation shifts it.
+        blank: [1, C, H, W], an image in the middle of the network's input range, all pixels alike: such pixels move
+            into an image when the augmentation shifts it, and see `clusterq.qat.centering`; None: 0.
 
     Returns one dictionary per step: `step`, the terms `kd` and `ce` in use, `loss`, and with a teacher in use
     `agreement`, the fraction of images to which both networks give the same class.
@@ -83,7 +86,7 @@ def finetune(
         DivergenceError: a loss became NaN or infinite; names the first step and term.
         CheckpointError: `state` does not fit.
     """
-    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes, fill=fill)
+    run = Finetuner(student, teacher, source, config, seed=seed, on_step=on_step, processes=processes, blank=blank)
     if state is not None:
         with restoring():
             run.load_state_dict(state)
@@ -119,9 +122,8 @@ class Finetuner:
         seed: int,
         on_step: OnStep | None = None,
         processes: Processes | None = None,
-        fill: float = 0.0,
+        blank: Tensor | None = None,
     ) -> None:
-        self.fill = fill
         self.processes = processes or Processes()
         self.processes.equalise_(student)
         self.student = student
@@ -135,6 +137,8 @@ class Finetuner:
         self._random = torch.Generator(device).manual_seed((seed * 0x100 + _AUGMENT_STREAM) & 0x7FFF_FFFF_FFFF_FFFF)
         self._optimizer = _optimizer(student, config)
         self._rate = width_factor(prepared_with(student)) if config.rate_by_width else 1.0
+        self._dead = DeadFilters(student)
+        self._centering = Centering(student, blank)
         self._trained = [p for group in self._optimizer.param_groups for p in group["params"]]
 
     @property
@@ -148,7 +152,7 @@ class Finetuner:
         self.student.eval()
         ranges = [m for m in self.student.modules() if isinstance(m, ActivationQuantizer)]
         try:
-            with evaluating(self.teacher):
+            with evaluating(self.teacher), self._centering:
                 for module in ranges:
                     module.training = True
                     module.process_group = self.processes.group
@@ -168,7 +172,7 @@ class Finetuner:
         images, labels = self.source.batch(self.step)
         images = images.detach()
         if config.augment:
-            images = random_crop_and_flip(images, self._random, self.processes, self.fill)
+            images = random_crop_and_flip(images, self._random, self.processes, self._centering.center)
         for group in self._optimizer.param_groups:
             group["lr"] = group["lr_factor"] * self._rate * learning_rate(config, self.step)
         with bfloat16_autocast(self._device, config.autocast):
@@ -190,6 +194,7 @@ class Finetuner:
         (total / self.processes.size).backward()  # type: ignore[no-untyped-call]
         self.processes.add_gradients_(self._trained)
         if config.grad_clip > 0:
+            self._dead.limit_()
             nn.utils.clip_grad_norm_(self._trained, config.grad_clip)
         self._optimizer.step()
         if targets is not None:

@@ -55,7 +55,8 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
     The twin keeps the class of the network, the names of its parameters, and parameters shared between layers. Where
     activation functions are called as functions, or one module is called at several places, it becomes a subclass whose
     forward is the traced graph. All parameters require gradients, BatchNorm statistics stay frozen through `.train()`.
-    Ranges are set by `clusterq.qat.calibrate`, or else by the first training batch.
+    In scheme deploy a BatchNorm2d without a layer in front of it becomes `NAME.1`, behind a layer `NAME.0` of its own,
+    whose parameters do not train. Ranges are set by `clusterq.qat.calibrate`, or else by the first training batch.
 
     Args:
         model: any network, ideally one that torch.fx can trace.
@@ -255,7 +256,8 @@ class _Conversion:
             len(module.weight),
             mode="learned" if config.learned_scale else "live",
             method=config.weight_range,
-            symmetric=config.weight_symmetric or int8,
+            # Symmetric codes would not hold the 1 of a separate BatchNorm exactly: 3 steps of 2 / 7 in three bits.
+            symmetric=(config.weight_symmetric and not hasattr(module, "normalises")) or int8,
             gradient=config.gradient,
             narrow=int8,
         )
