@@ -51,6 +51,18 @@ class PostActivationBlock(nn.Module):
         return functional.relu(y + self.shortcut(x))
 
 
+class SamePadConv2d(nn.Conv2d):
+    """Padding "same" as TensorFlow has it: with stride 2 and an even size the odd pixel goes right and below."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (kernel, _), (stride, _) = self.kernel_size, self.stride
+        pads = []
+        for size in (x.shape[3], x.shape[2]):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(functional.pad(x, pads))
+
+
 class AsymmetricPad(nn.Module):
     """One row of zeros below and one column on the right: TensorFlow's "same" for an even size, 3x3, stride 2."""
 
@@ -136,7 +148,7 @@ def preactivation() -> nn.Module:
 def mobilenet() -> nn.Module:
     """MobileNet-V2 as TensorFlow has it: ReLU6, linear bottlenecks, padding "same"; [N, 3, 32, 32] -> [N, 10]."""
     eps = 1e-3
-    stem = [AsymmetricPad(), nn.Conv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16, eps), nn.ReLU6()]
+    stem = [SamePadConv2d(3, 16, 3, 2, bias=False), nn.BatchNorm2d(16, eps), nn.ReLU6()]
     shapes = [(16, 16, 1, 1), (16, 24, 2, 4), (24, 24, 1, 4), (24, 40, 2, 4), (40, 40, 1, 4)]
     blocks = [InvertedResidual(*shape, nn.ReLU6, eps) for shape in shapes]
     head = [nn.Conv2d(40, 96, 1, bias=False), nn.BatchNorm2d(96, eps), nn.ReLU6()]

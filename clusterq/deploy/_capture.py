@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clusterq.errors import ModelError
-from clusterq.qat.trace import _TRACE_ERRORS
+from clusterq.qat.trace import TRACE_ERRORS
 
 
 def capture(network: nn.Module, example_input: Tensor, *, decompose: bool = False) -> Any:
@@ -29,7 +29,7 @@ def capture(network: nn.Module, example_input: Tensor, *, decompose: bool = Fals
         with torch.no_grad():
             program = torch.export.export(network, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
             return program.run_decompositions({}) if decompose else program
-    except _TRACE_ERRORS as error:
+    except TRACE_ERRORS as error:
         text = (str(error).strip().splitlines() or [""])[0]
         raise ModelError(
             f"{type(network).__name__} cannot be captured by torch.export: {type(error).__name__}: {text}"

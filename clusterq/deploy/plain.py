@@ -26,6 +26,7 @@ from clusterq.errors import ModelError
 from clusterq.nn.folding import NORM_PARTS, integer_norm_of, offset_of, on_grid
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, Fused
+from clusterq.nn.same_padding import SamePadConv2d
 
 if TYPE_CHECKING:
     from clusterq.method import Result
@@ -132,8 +133,8 @@ class FixedQuantizer(nn.Module):
 def convert(model: nn.Module | Result) -> nn.Module:
     """The quantized network in plain PyTorch, for inference in float32; the network itself stays as it is.
 
-    Layers are `nn.Conv2d` and `nn.Linear` with dequantized weights, quantizers `FixedQuantizer`. No parameter requires
-    gradients.
+    Layers are `nn.Conv2d`, `clusterq.nn.SamePadConv2d` and `nn.Linear` with dequantized weights, quantizers
+    `FixedQuantizer`. No parameter requires gradients.
 
     Args:
         model: what `clusterq.prepare` made, with ranges, or a `Result`.
@@ -276,8 +277,8 @@ def _fixed(name: str, quantizer: ActivationQuantizer) -> ActivationGrid:
 
 
 def _plain_layer(layer: Any, weight: CodedWeight) -> nn.Module:
-    """The layer's settings, hooks and bias in `nn.Conv2d` or `nn.Linear`, with the weight in place of its own."""
-    cls: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    """The layer's settings, hooks and bias in the layer it was, with the weight in place of its own."""
+    cls: Any = next(c for c in (SamePadConv2d, nn.Conv2d, nn.Linear) if isinstance(layer, c))
     made: nn.Module = cls.__new__(cls)
     made.__dict__ = {k: copy.copy(v) if isinstance(v, dict) else v for k, v in layer.__dict__.items()}
     del made._modules["weight_quantizer"]

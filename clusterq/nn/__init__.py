@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clusterq.nn.codebook import EMACodebook, commitment_loss, straight_through
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer, set_quantization
+from clusterq.nn.same_padding import SamePadConv2d
 from clusterq.nn.statistics import (
     LayerStatistics,
     StatisticsBatchNorm1d,
@@ -30,6 +31,7 @@ __all__ = [
     "LearnableFakeQuantize",
     "QuantizedConv2d",
     "QuantizedLinear",
+    "SamePadConv2d",
     "StatisticsBatchNorm1d",
     "StatisticsBatchNorm2d",
     "StatisticsBatchNorm3d",

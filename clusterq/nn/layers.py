@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from clusterq.nn.folding import integer_offset, on_grid
 from clusterq.nn.quantizers import ActivationQuantizer, WeightQuantizer
+from clusterq.nn.same_padding import SamePadConv2d
 
 _Layer = TypeVar("_Layer", bound="_QuantizedWeight")
 
@@ -86,11 +87,16 @@ class QuantizedConv2d(_QuantizedWeight, nn.Conv2d):
     @classmethod
     def from_float(cls, layer: nn.Conv2d, quantizer: WeightQuantizer) -> QuantizedConv2d:
         """Takes over the float layer's parameters themselves, not copies."""
-        return _take_over(cls.__new__(cls), layer, quantizer)
+        made: type[QuantizedConv2d] = QuantizedSamePadConv2d if isinstance(layer, SamePadConv2d) else cls
+        return _take_over(made.__new__(made), layer, quantizer)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(x, *self.weight_and_bias(self.bias))
         return y
+
+
+class QuantizedSamePadConv2d(QuantizedConv2d, SamePadConv2d):
+    """`QuantizedConv2d` with the padding "same" of TensorFlow."""
 
 
 class QuantizedLinear(_QuantizedWeight, nn.Linear):

@@ -35,6 +35,7 @@ from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationQuantizer
 from clusterq.ops._fake_quant_checks import code_range
 from clusterq.qat.places import Place, Places, call_name, operands, origin, readers
+from clusterq.qat.support import unsupported_layer
 from clusterq.qat.trace import OUT_OF_PLACE, is_non_negative, overwritten, trace
 
 if TYPE_CHECKING:
@@ -132,9 +133,7 @@ def _foldable(graph: fx.Graph, modules: dict[str, nn.Module]) -> Iterator[tuple[
 
 
 def _can_be_quantized(layer: nn.Module) -> bool:
-    from clusterq.qat.prepare import _unsupported_layer
-
-    return isinstance(layer, (QuantizedConv2d, QuantizedLinear)) or _unsupported_layer(layer) == ""
+    return isinstance(layer, (QuantizedConv2d, QuantizedLinear)) or unsupported_layer(layer) == ""
 
 
 def _shared(layer: nn.Module, modules: dict[str, nn.Module]) -> int:

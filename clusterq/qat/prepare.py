@@ -21,13 +21,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clusterq.config import QuantizationConfig
 from clusterq.errors import ModelError
 from clusterq.nn.layers import QuantizedConv2d, QuantizedLinear
 from clusterq.nn.quantizers import ActivationMode, ActivationQuantizer, WeightQuantizer, set_quantization
 from clusterq.qat import deployable
+from clusterq.qat.support import recognise_convolutions, unsupported_layer, unsupported_other
 from clusterq.qat.trace import Call, Calls, is_in_place, is_non_negative, module_activation, overwritten, record_calls
 
 
@@ -73,6 +73,7 @@ def prepare(model: nn.Module, config: QuantizationConfig, *, example_input: Tens
     student = copy.deepcopy(model).eval()
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    recognise_convolutions(student)
     calls = record_calls(student, example_input)
     if config.scheme == "auto":
         config = replace(config, scheme="paper" if calls.graph is None else "deploy")
@@ -165,7 +166,7 @@ class _Conversion:
             calls = [Call(name, "module", False) for name in self.modules if name]
             self.calls.counts.update({call.name: 1 for call in calls})
         self._name_unsupported()
-        layers = [c.name for c in calls if c.kind == "module" and _unsupported_layer(self.modules[c.name]) == ""]
+        layers = [c.name for c in calls if c.kind == "module" and unsupported_layer(self.modules[c.name]) == ""]
         if not layers:
             raise ModelError(f"{type(self.student).__name__} has no Conv2d or Linear that can be quantized")
         if self.calls.graph is not None:
@@ -178,7 +179,7 @@ class _Conversion:
             if module is None:
                 self._function(call)
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                if call.name not in seen and _unsupported_layer(module) == "":
+                if call.name not in seen and unsupported_layer(module) == "":
                     self._layer(call.name, module, first=call.name == own[0], last=call.name == own[-1])
             elif (kind := module_activation(module)) is not None:
                 self._module_activation(call, module, kind, repeated=call.name in seen)
@@ -229,13 +230,13 @@ class _Conversion:
         for name, module in self.modules.items():
             called = self.calls.counts.get(name, 0) > 0
             kind = type(module).__name__
-            why = _unsupported_layer(module)
+            why = unsupported_layer(module)
             if why == "" and not called:
                 why = "never called"
             elif why is None and module_activation(module) is not None:
                 why = "" if called else "never called"
             elif why is None:
-                why = _unsupported_other(module)
+                why = unsupported_other(module)
             if why:
                 self.unreached.append(Row(name, kind, note=why))
 
@@ -391,35 +392,3 @@ def _input_of(node: fx.Node) -> fx.Node:
     source = node.args[0] if node.args else node.kwargs["input"]
     assert isinstance(source, fx.Node)
     return source
-
-
-def _unsupported_layer(module: nn.Module) -> str | None:
-    """Empty for a Conv2d or Linear that can be quantized, the reason for one that cannot, None for any other module."""
-    if isinstance(module, nn.Conv2d):
-        own = type(module).forward is not nn.Conv2d.forward or type(module)._conv_forward is not nn.Conv2d._conv_forward
-    elif isinstance(module, nn.Linear):
-        own = type(module).forward is not nn.Linear.forward
-    else:
-        return None
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "its weight is read by nn.MultiheadAttention"
-    if own:
-        return "has a forward of its own"
-    if hasattr(module, "parametrizations") or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return "its weight is computed from other parameters"
-    if isinstance(module.weight, nn.UninitializedParameter):
-        return "its weight is not initialised yet"
-    if not module.weight.is_floating_point():
-        return f"its weight is {module.weight.dtype}"
-    return ""
-
-
-def _unsupported_other(module: nn.Module) -> str:
-    """The reason when a layer of torch.nn holds a matrix or is an activation function without a quantized form."""
-    package = type(module).__module__
-    if package == "torch.nn.modules.activation" and not isinstance(module, nn.MultiheadAttention):
-        return "no quantizer for this activation function"
-    matrix = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-    if package.startswith("torch.nn.modules.") and matrix and not isinstance(module, nn.LayerNorm):
-        return "no quantized form of this layer"
-    return ""

@@ -245,7 +245,7 @@ class LayerTracer(fx.Tracer):
 
 
 # Tracing runs a network's own forward on stand-ins for tensors, where unsupported code fails in any of these ways.
-_TRACE_ERRORS = (
+TRACE_ERRORS = (
     fx.proxy.TraceError,
     TypeError,
     ValueError,
@@ -262,7 +262,7 @@ def trace(model: nn.Module) -> fx.Graph:
     """The network's graph with its layers as nodes. Raises ValueError with the reason when it cannot be traced."""
     try:
         return LayerTracer().trace(model)
-    except _TRACE_ERRORS as error:
+    except TRACE_ERRORS as error:
         text = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(
             f"{type(model).__name__} cannot be traced by torch.fx: {type(error).__name__}: {text}"
