@@ -138,6 +138,8 @@ class SynthesisConfig:
             White noise, no change of contrast and the plain cross-entropy (8) are 0, 0 and 1.
         shift, shifted_share: the bank: pixels by which images move at random before every look of the network, for
             this share of the batches.
+        leaves_share: the bank: share of the batches whose images start from dead leaves instead of noise; see
+            `clusterq.synthesis.dead_leaves`.
         ce_weight: weight of the teacher's cross-entropy to the label (8).
         bns_weight: alpha1, weight of BN-statistic alignment over the whole batch (9).
         alignment_weight: alpha2, weight of class alignment to the centroids (4).
@@ -177,6 +179,7 @@ class SynthesisConfig:
     ce_temperature: tuple[Positive, Positive] = (1.0, 4.0)
     shift: Steps = 2
     shifted_share: Share = 0.5
+    leaves_share: Share = 0.75
     ce_weight: Weight = 1.0
     bns_weight: Weight = 1.0
     alignment_weight: Weight = 0.0

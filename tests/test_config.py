@@ -64,6 +64,7 @@ BAD = {
         "ce_temperature": [(0.0, 1.0), (2.0, 1.0)],
         "shift": [-1, 1.5],
         "shifted_share": [1.1, -0.5],
+        "leaves_share": [1.5, -0.1],
         "ce_weight": [-1.0],
         "bns_weight": [-0.1, float("nan")],
         "alignment_weight": [-1],

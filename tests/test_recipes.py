@@ -49,6 +49,50 @@ def test_the_spectrum_falls_as_a_power_of_frequency(roughness, size):
     assert slope == pytest.approx(-2 * roughness, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("share", "flags"), [(0.0, "00000000"), (0.5, "01010101"), (0.25, "00010001"), (1.0, "11111111")]
+)
+def test_leaves_are_spread_evenly(share, flags):
+    recipes = draw_recipes(SynthesisConfig(leaves_share=share), 8, seeded())
+    assert "".join(str(int(r.leaves)) for r in recipes) == flags
+    assert [replace(r, leaves=False) for r in recipes] == draw_recipes(SynthesisConfig(leaves_share=0.0), 8, seeded())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (96, 96)])
+def test_dead_leaves_have_edges_and_even_surfaces(size):
+    """What Lee, Mumford and Huang (2001) ask of images of the world, and noise of no spectrum has: heavy tails."""
+    recipe = replace(PLAIN, leaves=True)
+    images = initial_images(recipe, (64, 3, *size), seeded()).double()
+    assert images.std() == pytest.approx(1, abs=1e-5) and images.mean().abs() < 0.2
+    noise = initial_images(replace(PLAIN, roughness=1.0), (64, 3, *size), seeded()).double()
+
+    def kurtosis(x):
+        steps = x.diff(dim=3)
+        return steps.pow(4).mean() / steps.square().mean().square()
+
+    assert kurtosis(noise) < 3.5 and kurtosis(images) > 7
+    smooth = [(x.diff(dim=3).abs() < 0.3).double().mean() for x in (noise, images)]
+    assert smooth[1] > 0.6 > smooth[0]
+    # The border is as varied as the middle.
+    spread = images.square().mean((0, 1))
+    border = torch.cat([spread[0], spread[-1], spread[:, 0], spread[:, -1]]).mean()
+    middle = spread[size[0] // 4 : -size[0] // 4, size[1] // 4 : -size[1] // 4].mean()
+    assert border.item() == pytest.approx(middle.item(), rel=0.15)
+    again = initial_images(replace(recipe, roughness=1.5), (64, 3, *size), seeded()).double()
+    assert torch.equal(again, images)
+    assert not torch.equal(initial_images(recipe, (64, 3, *size), seeded(1)).double(), images)
+
+
+def test_dead_leaves_look_alike_at_every_scale():
+    """Means of 2 x 2 pixels have the spread that pixels have, but for the noise of single pixels and small leaves."""
+    images = initial_images(replace(PLAIN, leaves=True), (64, 3, 64, 64), seeded()).double()
+    halved = torch.nn.functional.avg_pool2d(images, 2)
+    ratio = halved.std() / images.std()
+    assert 0.9 < ratio < 1
+    kurtosis = [(d.pow(4).mean() / d.square().mean().square()) for d in (images.diff(dim=2), halved.diff(dim=2))]
+    assert kurtosis[1] > 5
+
+
 def test_contrast_and_brightness_vary_between_images():
     images = initial_images(replace(PLAIN, contrast=0.5), (2000, 3, 8, 8), seeded()).double()
     spread = images.std((2, 3)).mean(1).log()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clusterq.config import SynthesisConfig
+from clusterq.synthesis.dead_leaves import dead_leaves
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,21 @@ class ImageRecipe:
             be.
         shift: images move by up to so many pixels each way, and are mirrored half the time, before every look that the
             network takes at them; 0: neither.
+        leaves: they start from dead leaves (`clusterq.synthesis.dead_leaves`) instead of noise, whatever `roughness`.
     """
 
     roughness: float
     contrast: float
     temperature: float
     shift: int
+    leaves: bool = False
 
 
 def draw_recipes(config: SynthesisConfig, count: int, random: torch.Generator) -> list[ImageRecipe]:
-    """`count` recipes, each setting drawn evenly from its range in `config`; the shift is on for `shifted_share`."""
+    """`count` recipes, each setting drawn evenly from its range in `config`; the shift is on for `shifted_share`.
+
+    `leaves_share` of them, spread evenly, begin as dead leaves, and none of fewer than `1 / leaves_share`.
+    """
 
     def within(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=random, dtype=torch.float64))
@@ -50,16 +56,17 @@ def draw_recipes(config: SynthesisConfig, count: int, random: torch.Generator) -
             contrast=within(*config.contrast),
             temperature=within(*config.ce_temperature),
             shift=config.shift if within(0, 1) < config.shifted_share else 0,
+            leaves=int((i + 1) * config.leaves_share) > int(i * config.leaves_share),
         )
-        for _ in range(count)
+        for i in range(count)
     ]
 
 
 def initial_images(recipe: ImageRecipe, shape: tuple[int, int, int, int], random: torch.Generator) -> Tensor:
-    """[N, C, H, W] float32 on the CPU: noise of the recipe's spectrum with variance 1, then contrast and brightness."""
+    """[N, C, H, W] float32 on the CPU: noise of the recipe's spectrum, or leaves, with variance 1; then contrast."""
     count, channels, height, width = shape
-    images = torch.randn(shape, generator=random)
-    if recipe.roughness > 0:
+    images = dead_leaves(shape, random) if recipe.leaves else torch.randn(shape, generator=random)
+    if recipe.roughness > 0 and not recipe.leaves:
         rows, columns = torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None]
         # The constant part gets the amplitude of the longest wave.
         frequency = torch.sqrt(rows**2 + columns**2).clamp_min(1 / max(height, width))
