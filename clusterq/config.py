@@ -179,7 +179,7 @@ class SynthesisConfig:
     ce_temperature: tuple[Positive, Positive] = (1.0, 4.0)
     shift: Steps = 2
     shifted_share: Share = 0.5
-    leaves_share: Share = 0.75
+    leaves_share: Share = 0.0
     ce_weight: Weight = 1.0
     bns_weight: Weight = 1.0
     alignment_weight: Weight = 0.0
