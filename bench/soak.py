@@ -3,9 +3,10 @@
     python bench/soak.py [--minutes 30] [--seed 0]
 
 Every round makes images and fine-tunes a student with an object of its own, as a service would, and is timed beside a
-piece of work in torch alone, which other programs slow down alike. After a warm-up of a fifth of the time it fits lines
-to the memory in use over the steps done, and to the speed. Exits with 1 beyond 1 MB per 1,000 steps, when more files
-are open at the end than after the warm-up, or when rounds have become slower by more than 5 %, as that work takes them.
+piece of work in torch alone, which other programs slow down alike, both in time of the processor. After a warm-up of a
+fifth of the time it fits a line to the memory in use over the steps done. Exits with 1 beyond 1 MB per 1,000 steps,
+when more files are open at the end than after the warm-up, or when the last third of the rounds takes 5 % more than the
+first, as multiples of that work.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CONFIG = ClusterQConfig(
 
 
 class Round(NamedTuple):
-    """Of the process, after a number of steps in all; `seconds` since its start."""
+    """Of the process, after a number of steps in all; `seconds` since its start, the others those of the processor."""
 
     steps: int
     seconds: float
@@ -67,12 +68,12 @@ def release_free_memory() -> None:
 
 
 def yardstick(model: nn.Module, images: torch.Tensor) -> float:
-    """Seconds of forwards and backwards of a network in floating point, the same work at every call."""
-    start = time.monotonic()
+    """Processor seconds of forwards and backwards in floating point, the same work at every call."""
+    start = time.process_time()
     for _ in range(8):
         model(images).square().mean().backward()
     model.zero_grad()
-    return time.monotonic() - start
+    return time.process_time() - start
 
 
 def measure(steps: int, start: float, round_seconds: float, yardstick_seconds: float) -> Round:
@@ -95,9 +96,9 @@ def soak(minutes: float, seed: int) -> list[Round]:
     while time.monotonic() - start < 60 * minutes:
         method = ClusterQ(model, CONFIG, input_shape=(3, 16, 16), on_step=count)
         before = yardstick(other, images)
-        begin = time.monotonic()
+        begin = time.process_time()
         method.run()
-        end = time.monotonic()
+        end = time.process_time()
         # Before and after, as the load may change within a round.
         around = (before + yardstick(other, images)) / 2
         rounds.append(measure(steps, start, end - begin, around))

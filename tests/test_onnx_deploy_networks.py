@@ -22,6 +22,7 @@ from clusterq.qat.prepare import unreached
 sys.path.insert(0, os.path.dirname(__file__))
 from deploy_cases import randomise
 from onnx_deploy_checks import INTEGER, MOVING, check, made
+from test_same_padding import network as same_padded
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -52,6 +53,13 @@ def test_timm(data_dir: Path, tmp_path: Path):
         assert unreached(twin) == [] and sum(isinstance(m, SamePadConv2d) for m in twin.modules()) == own
         operators = check(twin, x, tmp_path)
         assert set(operators) <= INTEGER | MOVING
+
+
+def test_padding_of_tensorflow(tmp_path: Path):
+    """The odd zeros of convolutions of their own class are codes: the zero point of the input."""
+    x = torch.randn(16, 3, 33, 32)
+    operators = check(made(same_padded(), x), x, tmp_path)
+    assert set(operators) <= INTEGER | MOVING and operators["QLinearConv"] == 3
 
 
 def test_resnet20_on_real_images(cifar10: tuple[LoadedModel, EvaluationSet], tmp_path: Path):
